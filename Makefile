@@ -1,0 +1,43 @@
+# make train   set everything up and run the main job
+# make test    set everything up and run the tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup train test test-all lint format bench pretrain-tiny clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,plots,dev]'
+	touch $@
+
+train: setup
+	$(BIN)/python -m refine.train --overwrite_output_dir
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+# The recipe of the model inside the package: tokenizer, next-token training, half-precision weights, report.
+pretrain-tiny: setup
+	$(BIN)/python -m refine.training.tokenizer --output_dir runs/tiny-tokenizer
+	$(BIN)/python -m refine.train --config configs/pretrain_tiny.yaml --overwrite_output_dir
+	$(BIN)/python -m refine.assets.make_tiny --checkpoint runs/pretrain-tiny/final --output_dir runs/tiny-delta-net
+
+clean:
+	rm -rf $(VENV) runs .benchmarks .pytest_cache .ruff_cache build dist *.egg-info

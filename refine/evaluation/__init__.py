@@ -1,0 +1,1 @@
+"""How good is a model: held-out text and in-context recall."""

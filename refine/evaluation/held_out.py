@@ -1,0 +1,56 @@
+"""Next-token loss and accuracy, and the rewards of rollouts, on text that the model was not trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+
+from refine.method.config import RefineConfig
+from refine.method.step import next_token_targets, refine_step
+from refine.models.head import SampleToken
+from refine_kernels.linear_logprob import mix_seeds
+
+
+@torch.no_grad()
+def evaluate_held_out(model, batches: Iterable, config: RefineConfig, seed: int = 0) -> dict[str, float]:
+    """Measure a model on right-padded batches.
+
+    Rollout positions are uniform and every draw follows from ``seed`` and the sequence alone, so two models
+    are compared at the same places of the same text.
+
+    Returns:
+        ``eval_loss`` (nats a token) and ``eval_accuracy`` over all valid targets; ``eval_cosine`` and
+        ``eval_exact_match``, means over rollouts; ``eval_tokens`` and ``eval_sequences``, how many there were.
+    """
+    config = dataclasses.replace(config, selection="uniform", step="shared_prefix")
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    sums = dict.fromkeys(("loss", "right", "tokens", "cosine", "exact", "rollouts", "sequences"), 0.0)
+    for batch in batches:
+        input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        targets, _ = next_token_targets(input_ids, mask.sum(1))
+        output = model(input_ids, use_cache=False, head=SampleToken(temperature=0.0, targets=targets))
+        valid = targets != -100
+        sums["loss"] -= output.logprob[valid].double().sum().item()
+        sums["right"] += (output.token == targets)[valid].sum().item()
+        sums["tokens"] += valid.sum().item()
+        seeds = mix_seeds(seed, batch.keys.to(device))
+        step = refine_step(model, input_ids, config, attention_mask=mask, seeds=seeds)
+        sums["cosine"] += step.cosine.sum().item()
+        sums["exact"] += step.exact_match.sum().item()
+        sums["rollouts"] += step.cosine.numel()
+        sums["sequences"] += len(input_ids)
+    model.train(was_training)
+    if not sums["sequences"]:
+        raise ValueError("there is no held-out text to evaluate on")
+    return {
+        "eval_loss": sums["loss"] / sums["tokens"],
+        "eval_accuracy": sums["right"] / sums["tokens"],
+        "eval_cosine": sums["cosine"] / sums["rollouts"],
+        "eval_exact_match": sums["exact"] / sums["rollouts"],
+        "eval_tokens": int(sums["tokens"]),
+        "eval_sequences": int(sums["sequences"]),
+    }

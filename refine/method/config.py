@@ -1,0 +1,73 @@
+"""The settings of the method, with the paper's values as defaults (arXiv 2602.16704, Sec. 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from refine.method.rewards import find_reward
+
+SELECTIONS = ("entropy", "uniform", "argmax", "argmin")
+STEPS = ("shared_prefix", "per_prefix")
+MARGIN = 20  # the rollout starts at least this many tokens from either end of a sequence
+
+
+@dataclass(kw_only=True)
+class RefineConfig:
+    """How one REFINE step is taken.
+
+    Attributes:
+        num_chunks: c, positions a sequence: one is drawn from each of c chunks.
+        rollout_length: k, tokens a rollout; also the width of the entropy smoothing.
+        num_rollouts: n, rollouts a position.
+        reward: ``cosine``, ``binary``, ``hybrid``, or ``module:function`` for one of your own.
+        selection: ``entropy``, ``uniform``, ``argmax`` or ``argmin``.
+        selection_temperature: tau of the softmax over smoothed entropies.
+        lambda_sft: weight of the next-token loss.
+        lambda_rl: weight of the next-sequence loss; 0 makes the step plain SFT.
+        temperature: of the policy, in sampling and in log-probs.
+        clip_range: epsilon of the clipped policy gradient.
+        dual_clip: the bound on the ratio where the advantage is negative.
+        step: ``shared_prefix`` (one forward, branches from its states) or ``per_prefix`` (the paper's own
+            way: the prefix is run again for every position; the reference).
+        state_stride: states are kept every so many tokens, a multiple of 64. Larger saves memory and costs
+            a longer delta rule at each position.
+    """
+
+    num_chunks: int = 8
+    rollout_length: int = 5
+    num_rollouts: int = 1
+    reward: str = "cosine"
+    selection: str = "entropy"
+    selection_temperature: float = 1.0
+    lambda_sft: float = 1.0
+    lambda_rl: float = 0.2
+    temperature: float = 1.0
+    clip_range: float = 0.2
+    dual_clip: float = 3.0
+    step: str = "shared_prefix"
+    state_stride: int = 64
+
+    def __post_init__(self):
+        for name in ("num_chunks", "rollout_length", "num_rollouts"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+        for name in ("lambda_sft", "lambda_rl"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
+        for name in ("temperature", "selection_temperature", "clip_range"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be over 0, got {getattr(self, name)!r}")
+        if not self.dual_clip > 1:
+            raise ValueError(f"dual_clip must be over 1, got {self.dual_clip!r}")
+        for name, allowed in (("selection", SELECTIONS), ("step", STEPS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not isinstance(self.state_stride, int) or self.state_stride < 64 or self.state_stride % 64:
+            raise ValueError(f"state_stride must be a positive multiple of 64, got {self.state_stride!r}")
+        find_reward(self.reward)
+
+    @property
+    def min_tokens(self) -> int:
+        """The shortest sequence, in tokens, in which every chunk can hold a rollout between the margins."""
+        room = max(MARGIN, self.rollout_length)
+        return max(self.num_chunks * room, MARGIN + room)

@@ -1,0 +1,31 @@
+"""Sampling k tokens from the policy, for all branches at once, each from its own state."""
+
+from __future__ import annotations
+
+import torch
+
+from refine.models.head import SampleToken
+from refine.models.state import FastWeightState
+
+
+@torch.no_grad()
+def sample_rollouts(
+    model: torch.nn.Module,
+    state: FastWeightState,  # of R branches, before the first sampled token
+    context: torch.Tensor,  # [R, D], the hidden state that predicts the first token
+    seeds: torch.Tensor,  # [R, k] int64
+    temperature: float,
+) -> torch.Tensor:  # [R, k] int64
+    """Exactly k tokens a branch from softmax(logits / temperature): no top-p, no top-k, no stop at end-of-text.
+
+    k module calls: the head on the context, then k - 1 single-token steps. The last token is not fed: its
+    hidden state comes out of the pass that takes the gradient.
+    """
+    request = SampleToken(seeds[:, :1], temperature)
+    tokens = [model(hidden_states=context[:, None], head=request).token]
+    for j in range(1, seeds.shape[1]):
+        request = SampleToken(seeds[:, j : j + 1], temperature)
+        output = model(tokens[-1], past_key_values=state, use_cache=True, head=request)
+        state = output.past_key_values
+        tokens.append(output.token)
+    return torch.cat(tokens, dim=1)

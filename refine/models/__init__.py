@@ -1,0 +1,21 @@
+"""Fast-weight language models: DeltaNet and Gated DeltaNet."""
+
+from refine.models.delta_net import DeltaNetConfig, DeltaNetForCausalLM
+from refine.models.gated_delta_net import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
+from refine.models.loading import MODELS, load_config, load_model, new_model, register_auto_classes
+from refine.models.state import FastWeightState, StateTrace
+
+register_auto_classes()
+
+__all__ = [
+    "MODELS",
+    "DeltaNetConfig",
+    "DeltaNetForCausalLM",
+    "FastWeightState",
+    "GatedDeltaNetConfig",
+    "GatedDeltaNetForCausalLM",
+    "StateTrace",
+    "load_config",
+    "load_model",
+    "new_model",
+]

@@ -1,0 +1,271 @@
+"""DeltaNet (Yang et al., arXiv 2406.06484): a linear-attention model whose state is written by the delta rule.
+
+Names, shapes and arithmetic are those of the published checkpoints (``model_type: delta_net``), so they load
+as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from refine.models.blocks import GatedRMSNorm, RMSNorm, ShortConvolution
+from refine.models.causal_lm import FastWeightConfig, FastWeightForCausalLM
+from refine_kernels import chunk_delta_rule, recurrent_delta_rule
+
+_RECURRENT_LENGTH = 4  # without a gradient, up to this many tokens go through the decode path
+
+
+class DeltaNetConfig(FastWeightConfig):
+    """Configuration of a DeltaNet; the keys are those of published ``config.json`` files."""
+
+    model_type = "delta_net"
+    only_implemented = FastWeightConfig.only_implemented | {
+        "qk_norm": ("l2",),
+        "qk_activation": ("silu",),
+        "use_beta": (True,),
+        "use_output_norm": (True,),
+        "norm_first": (False,),
+    }
+
+    def __init__(
+        self,
+        hidden_size: int = 2048,
+        num_hidden_layers: int = 24,
+        num_heads: int = 16,
+        expand_k: float = 1.0,
+        expand_v: float = 1.0,
+        conv_size: int = 4,
+        use_gate: bool = False,
+        allow_neg_eigval: bool = False,
+        **kwargs,
+    ):
+        self.num_heads = num_heads
+        self.expand_k = expand_k
+        self.expand_v = expand_v
+        self.conv_size = conv_size
+        self.use_gate = use_gate
+        self.allow_neg_eigval = allow_neg_eigval
+        for name, expand in (("expand_k", expand_k), ("expand_v", expand_v)):
+            width = hidden_size * expand
+            if width != int(width) or int(width) % num_heads:
+                raise ValueError(
+                    f"hidden_size * {name} must be a multiple of num_heads: "
+                    f"got {hidden_size} * {expand} with num_heads={num_heads}"
+                )
+        super().__init__(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, **kwargs)
+
+    @property
+    def head_k_dim(self) -> int:
+        """Key size of one head, K."""
+        return int(self.hidden_size * self.expand_k) // self.num_heads
+
+    @property
+    def head_v_dim(self) -> int:
+        """Value size of one head, V."""
+        return int(self.hidden_size * self.expand_v) // self.num_heads
+
+
+@dataclass
+class DeltaRuleState:
+    """One layer's memory of N sequences: the fast weight and the last convolution inputs.
+
+    ``rows`` makes selection free: N sequences may share the tensors of fewer parents, and the first
+    continuation reads its parent through the index and writes tensors of its own (copy on write).
+    """
+
+    fast_weight: torch.Tensor  # [P, H, K, V] float32
+    tails: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v: [P, W-1, D], before the convolution
+    rows: torch.Tensor | None = None  # [N] index into P; None: N = P, in order
+
+    def select(self, rows: torch.Tensor) -> DeltaRuleState:
+        """The states of ``rows``, sharing these tensors until they are continued."""
+        return replace(self, rows=rows if self.rows is None else self.rows[rows])
+
+    def detach(self) -> DeltaRuleState:
+        """The same state outside the autograd graph."""
+        return DeltaRuleState(self.fast_weight.detach(), tuple(t.detach() for t in self.tails), self.rows)
+
+    def own_fast_weight(self) -> torch.Tensor:
+        """[N, H, K, V]: each sequence's own copy."""
+        return self.fast_weight if self.rows is None else self.fast_weight[self.rows]
+
+    def own_tails(self) -> tuple[torch.Tensor, ...]:
+        """q, k, v: [N, W-1, D], each sequence's own copy."""
+        return self.tails if self.rows is None else tuple(t[self.rows] for t in self.tails)
+
+
+@dataclass
+class DeltaRuleTrace:
+    """What a layer keeps of a pass over true sequences: all of it is alive for the backward anyway, except the
+    states at the stride.
+
+    The state at a position inside a stride follows from the state at the stride's start and the keys, values
+    and rates in between, so no projection, convolution or MLP is run again.
+    """
+
+    states: torch.Tensor  # [B, ceil(T/stride), H, K, V] float32, before tokens 0, stride, 2 stride, ...
+    key: torch.Tensor  # [B, T, H, K], after convolution and activation, before the l2 norm
+    value: torch.Tensor  # [B, T, H, V]
+    beta: torch.Tensor  # [B, T, H]
+    log_decay: torch.Tensor | None  # [B, T, H] float32
+    conv_inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v: [B, T, D]
+    tails: tuple[torch.Tensor | None, ...]  # q, k, v: [B, W-1, D], what came before; None at a start
+    stride: int
+    conv_size: int
+
+    def gather(self, rows: torch.Tensor, positions: torch.Tensor) -> DeltaRuleState:
+        """The state after the first ``positions`` [M] tokens of sequences ``rows`` [M]."""
+        block = (positions // self.stride).clamp_max(self.states.shape[1] - 1)  # [M]
+        start = block * self.stride
+        token = start[:, None] + torch.arange(self.stride, device=rows.device)  # [M, stride]
+        read = (token < positions[:, None])[..., None]  # [M, stride, 1]
+        key, value, beta = (_take(x, rows, token) for x in (self.key, self.value, self.beta))
+        log_decay = None if self.log_decay is None else _take(self.log_decay, rows, token) * read
+        initial = self.states.flatten(0, 1)[rows * self.states.shape[1] + block]
+        _, fast_weight = chunk_delta_rule(
+            key,
+            key,
+            value,
+            beta * read,  # a rate of 0 writes nothing, so a token not yet read leaves the state as it is
+            g=log_decay,
+            initial_state=initial,
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+        )
+        tails = tuple(self._last_inputs(*pair, rows, positions) for pair in zip(self.conv_inputs, self.tails))
+        return DeltaRuleState(fast_weight, tails)
+
+    def _last_inputs(self, x, tail, rows, positions) -> torch.Tensor:
+        """The W - 1 convolution inputs before ``positions``, some of which may lie in the tail: [M, W-1, D]."""
+        count = self.conv_size - 1
+        token = positions[:, None] + torch.arange(-count, 0, device=rows.device)  # [M, W-1]
+        inside = (token >= 0)[..., None]
+        if tail is None:
+            return _take(x, rows, token) * inside
+        return torch.where(inside, _take(x, rows, token), _take(tail, rows, token + count))
+
+
+def _take(x: torch.Tensor, rows: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """``x[rows, token]`` with tokens clamped into the sequence: [B, T, ...], [M], [M, S] -> [M, S, ...]."""
+    index = rows[:, None] * x.shape[1] + token.clamp(0, x.shape[1] - 1)
+    return x.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+class DeltaNetAttention(nn.Module):
+    """One token mixer: projections, short convolutions, the delta rule, output norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden, heads = config.hidden_size, config.num_heads
+        self.head_k_dim, self.head_v_dim = config.head_k_dim, config.head_v_dim
+        key_dim, value_dim = heads * self.head_k_dim, heads * self.head_v_dim
+        self.conv_size = config.conv_size
+        self.beta_scale = 2.0 if config.allow_neg_eigval else 1.0
+        self.q_proj = nn.Linear(hidden, key_dim, bias=False)
+        self.k_proj = nn.Linear(hidden, key_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, value_dim, bias=False)
+        self.b_proj = nn.Linear(hidden, heads, bias=False)
+        self.q_conv1d = ShortConvolution(key_dim, config.conv_size)
+        self.k_conv1d = ShortConvolution(key_dim, config.conv_size)
+        self.v_conv1d = ShortConvolution(value_dim, config.conv_size)
+        if config.use_gate:
+            self.g_proj = nn.Linear(hidden, value_dim, bias=False)
+            self.o_norm = GatedRMSNorm(self.head_v_dim, config.norm_eps)
+        else:
+            self.g_proj = None
+            self.o_norm = RMSNorm(self.head_v_dim, config.norm_eps)
+        self.o_proj = nn.Linear(value_dim, hidden, bias=False)
+
+    def log_decay(self, x: torch.Tensor) -> torch.Tensor | None:
+        """[B, T, H] float32 log-decay of the state, or None where it does not decay (the plain rule)."""
+        return None
+
+    def forward(
+        self,
+        x: torch.Tensor,  # [B, T, hidden]
+        state: DeltaRuleState | None = None,
+        lengths: torch.Tensor | None = None,  # [B]: only the first tokens of a row are read
+        use_cache: bool = False,
+        state_stride: int | None = None,
+    ) -> tuple[torch.Tensor, DeltaRuleState | None, DeltaRuleTrace | None]:
+        conv_inputs = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        tails = (None, None, None) if state is None else state.own_tails()
+        convolutions = self.q_conv1d, self.k_conv1d, self.v_conv1d
+        q, k, v = (conv(z, tail) for conv, z, tail in zip(convolutions, conv_inputs, tails))
+        q = rearrange(q, "b t (h k) -> b t h k", k=self.head_k_dim)
+        k = rearrange(k, "b t (h k) -> b t h k", k=self.head_k_dim)
+        v = rearrange(v, "b t (h v) -> b t h v", v=self.head_v_dim)
+        beta = self.b_proj(x).sigmoid() * self.beta_scale
+        log_decay = self.log_decay(x)
+        if lengths is not None:  # padding neither writes nor decays
+            read = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
+            beta = beta * read
+            log_decay = None if log_decay is None else log_decay * read
+
+        trace = None
+        if x.shape[1] <= _RECURRENT_LENGTH and state_stride is None and not torch.is_grad_enabled():
+            o, fast_weight = recurrent_delta_rule(
+                q,
+                k,
+                v,
+                beta,
+                g=log_decay,
+                initial_state=None if state is None else state.fast_weight,
+                state_indices=None if state is None else state.rows,
+                output_final_state=True,
+                use_qk_l2norm_in_kernel=True,
+            )
+        else:
+            o, fast_weight, *states = chunk_delta_rule(
+                q,
+                k,
+                v,
+                beta,
+                g=log_decay,
+                initial_state=None if state is None else state.own_fast_weight(),
+                output_final_state=use_cache,
+                state_stride=state_stride,
+                use_qk_l2norm_in_kernel=True,
+            )
+            if state_stride is not None:
+                trace = DeltaRuleTrace(
+                    states[0], k, v, beta, log_decay, conv_inputs, tails, state_stride, self.conv_size
+                )
+
+        new_state = None
+        if use_cache:
+            new_tails = tuple(
+                _last_inputs(z, tail, lengths, self.conv_size - 1) for z, tail in zip(conv_inputs, tails)
+            )
+            new_state = DeltaRuleState(fast_weight, new_tails)
+        if self.g_proj is not None:
+            o = self.o_norm(o, rearrange(self.g_proj(x), "b t (h v) -> b t h v", v=self.head_v_dim))
+        else:
+            o = self.o_norm(o)
+        return self.o_proj(rearrange(o, "b t h v -> b t (h v)")), new_state, trace
+
+
+def _last_inputs(
+    x: torch.Tensor,  # [B, T, D]
+    tail: torch.Tensor | None,  # [B, count, D], what came before; zeros when None
+    lengths: torch.Tensor | None,  # [B] tokens read of each row; None: all
+    count: int,
+) -> torch.Tensor:  # [B, count, D]
+    """The last ``count`` inputs that each row has read, its tail included."""
+    tail = x.new_zeros(x.shape[0], count, x.shape[2]) if tail is None else tail
+    if lengths is None:
+        return torch.cat([tail, x[:, -count:]], dim=1)[:, -count:]
+    everything = torch.cat([tail, x], dim=1)
+    index = lengths[:, None] + torch.arange(count, device=x.device)
+    return everything.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
+class DeltaNetForCausalLM(FastWeightForCausalLM):
+    """DeltaNet with a language-model head. See :class:`FastWeightForCausalLM` for what ``forward`` takes."""
+
+    config_class = DeltaNetConfig
+    attention_class = DeltaNetAttention

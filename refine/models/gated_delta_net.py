@@ -1,0 +1,90 @@
+"""Gated DeltaNet (Yang, Kautz, Hatamizadeh, arXiv 2412.06464): the delta rule with a decay of the state.
+
+``S_t = a_t S_{t-1} + k_t (beta_t (v_t - a_t S_{t-1}^T k_t))^T`` with
+``log a_t = -exp(A_log) * softplus(W_a x_t + dt_bias)``. Everything else is DeltaNet.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from refine.models.causal_lm import FastWeightConfig, FastWeightForCausalLM
+from refine.models.delta_net import DeltaNetAttention
+
+
+class GatedDeltaNetConfig(FastWeightConfig):
+    """Configuration of a Gated DeltaNet; the keys are those of published ``config.json`` files."""
+
+    model_type = "gated_deltanet"
+    only_implemented = FastWeightConfig.only_implemented | {"output_gate_activation": ("swish", "silu")}
+
+    def __init__(
+        self,
+        hidden_size: int = 2048,
+        num_hidden_layers: int = 21,
+        num_heads: int = 6,
+        head_dim: int = 256,
+        expand_v: float = 2.0,
+        conv_size: int = 4,
+        use_gate: bool = True,
+        allow_neg_eigval: bool = False,
+        num_v_heads: int | None = None,
+        **kwargs,
+    ):
+        if num_v_heads not in (None, num_heads):
+            raise ValueError(f"num_v_heads must equal num_heads ({num_heads}) or be null, got {num_v_heads}")
+        if head_dim * expand_v != int(head_dim * expand_v):
+            raise ValueError(f"head_dim * expand_v must be whole, got {head_dim} * {expand_v}")
+        self.num_heads = num_heads
+        self.num_v_heads = num_v_heads
+        self.head_dim = head_dim
+        self.expand_v = expand_v
+        self.conv_size = conv_size
+        self.use_gate = use_gate
+        self.allow_neg_eigval = allow_neg_eigval
+        super().__init__(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, **kwargs)
+
+    @property
+    def head_k_dim(self) -> int:
+        """Key size of one head, K."""
+        return self.head_dim
+
+    @property
+    def head_v_dim(self) -> int:
+        """Value size of one head, V."""
+        return int(self.head_dim * self.expand_v)
+
+
+class GatedDeltaNetAttention(DeltaNetAttention):
+    """DeltaNet's token mixer with a learned decay a head."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.a_proj = nn.Linear(config.hidden_size, config.num_heads, bias=False)
+        self.A_log = nn.Parameter(torch.empty(config.num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
+        self.reset_decay()
+
+    @torch.no_grad()
+    def reset_decay(self) -> None:
+        """Mamba-2's initial decay: A uniform in [0, 16], softplus(dt_bias) log-uniform in [0.001, 0.1]."""
+        self.A_log.uniform_(1e-3, 16).log_()
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp_().clamp_min_(1e-4)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    def log_decay(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, H] float32, at most 0."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rate = F.softplus(self.a_proj(x).to(dtype) + self.dt_bias.to(dtype))
+        return -self.A_log.to(dtype).exp() * rate
+
+
+class GatedDeltaNetForCausalLM(FastWeightForCausalLM):
+    """Gated DeltaNet with a language-model head. See :class:`FastWeightForCausalLM`."""
+
+    config_class = GatedDeltaNetConfig
+    attention_class = GatedDeltaNetAttention

@@ -1,0 +1,102 @@
+"""From a folder or a hub name to a model: published checkpoints as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import CONFIG_NAME
+
+from refine.models.causal_lm import FastWeightForCausalLM
+from refine.models.delta_net import DeltaNetForCausalLM
+from refine.models.gated_delta_net import GatedDeltaNetForCausalLM
+
+MODELS: dict[str, type[FastWeightForCausalLM]] = {
+    model.config_class.model_type: model for model in (DeltaNetForCausalLM, GatedDeltaNetForCausalLM)
+}
+
+
+def register_auto_classes() -> None:
+    """Make ``AutoConfig`` and ``AutoModelForCausalLM`` find these models."""
+    for model_type, model in MODELS.items():
+        AutoConfig.register(model_type, model.config_class, exist_ok=True)
+        AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+
+
+def load_config(path_or_name: str | Path, **overrides) -> PretrainedConfig:
+    """The configuration of a checkpoint, checked.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: its ``model_type`` is none of ours, or it asks for something that is not implemented.
+    """
+    model_type, keys = _read_config(path_or_name, overrides)
+    return MODELS[model_type].config_class.from_dict(keys | overrides)
+
+
+def load_model(path_or_name: str | Path, **overrides) -> FastWeightForCausalLM:
+    """Load DeltaNet or Gated DeltaNet from a local folder or a hub name.
+
+    Args:
+        path_or_name: a folder with ``config.json`` and safetensors weights, or a hub name.
+        **overrides: ``dtype`` (default: the checkpoint's), ``revision``, ``subfolder``, ``token``,
+            ``device_map``, ``use_safetensors`` (default True: no pickle is read unless you say otherwise),
+            as for ``from_pretrained``; any other key overrides one of the configuration.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: an unsupported ``model_type`` or configuration value, an unknown override, or weights
+            that are missing or unknown (they are listed).
+    """
+    passed_on = {"dtype", "revision", "subfolder", "token", "device_map", "use_safetensors", "cache_dir"}
+    loading = {key: overrides.pop(key) for key in passed_on & overrides.keys()}
+    where = {key: loading[key] for key in ("revision", "subfolder", "token", "cache_dir") if key in loading}
+    model_type, keys = _read_config(path_or_name, where)
+    model_class = MODELS[model_type]
+    default = model_class.config_class()
+    if unknown := sorted(key for key in overrides if not hasattr(default, key)):
+        raise ValueError(f"load_model: {unknown[0]!r} is no setting of {model_type} and no loading option")
+    config = model_class.config_class.from_dict(keys | overrides)
+    loading.setdefault("dtype", "auto")
+    loading.setdefault("use_safetensors", True)
+    model, info = model_class.from_pretrained(path_or_name, config=config, output_loading_info=True, **loading)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in info[kind])
+        if config.tie_word_embeddings:
+            names = [name for name in names if name != "lm_head.weight"]
+        if names:
+            listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            raise ValueError(f"{path_or_name}: {len(names)} {kind.replace('_', ' ')} for {model_type}: {listed}")
+    return model
+
+
+def new_model(model_type: str, *, seed: int = 0, **settings) -> FastWeightForCausalLM:
+    """A freshly initialised model of the given type.
+
+    Raises:
+        ValueError: the type is none of ours.
+    """
+    if model_type not in MODELS:
+        raise ValueError(f"model_type must be one of {', '.join(sorted(MODELS))}, got {model_type!r}")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return MODELS[model_type](MODELS[model_type].config_class(**settings))
+
+
+def _read_config(path_or_name: str | Path, where: dict) -> tuple[str, dict]:
+    path = Path(path_or_name)
+    if path.exists() and not (path / where.get("subfolder", "") / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"{path_or_name} has no {CONFIG_NAME}: not a model folder")
+    try:
+        keys, _ = PretrainedConfig.get_config_dict(path_or_name, **where)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"model {str(path_or_name)!r} is neither a local folder nor a hub name that can be reached"
+        ) from error
+    model_type = keys.get("model_type")
+    if model_type not in MODELS:
+        raise ValueError(
+            f"{path_or_name}: model_type is {model_type!r}; supported are {', '.join(sorted(MODELS))}"
+        )
+    return model_type, keys

@@ -1,0 +1,416 @@
+"""``python -m refine.train``: the story of a run, from settings to a trained model.
+
+What it knows: in which order things happen, and that whatever goes wrong, nothing already written is lost.
+What a step is stands in :mod:`refine.method`, what a state is in :mod:`refine.models`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, get_scheduler
+
+from refine.evaluation.held_out import evaluate_held_out
+from refine.method.step import RefineStepOutput, next_token_targets, refine_step
+from refine.models import load_model, new_model
+from refine.models.head import NextTokenLoss
+from refine.training import checkpoint
+from refine.training.data import Batch, DataConfig, DataError, TokenStream
+from refine.training.plots import draw_plots
+from refine.training.settings import SettingsError, TrainSettings, parse_settings, to_yaml
+from refine.training.tracking import Tracker, write_samples
+from refine_kernels.linear_logprob import mix_seeds
+
+EVALUATED = ("eval_loss", "eval_accuracy", "eval_cosine", "eval_exact_match")
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on: the message says why, and that what was written is intact."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from the command line; 0 when the run ended well, 1 or 2 with one sentence when it did not."""
+    try:
+        settings = parse_settings(sys.argv[1:] if arguments is None else arguments)
+        train(settings)
+    except (SettingsError, DataError, FileNotFoundError, checkpoint.CheckpointError, ImportError) as error:
+        print(f"refine.train: {error}", file=sys.stderr)
+        return 2
+    except TrainingStopped as error:
+        print(f"refine.train: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(settings: TrainSettings) -> Path:
+    """Train as told; returns the folder of the final model.
+
+    Raises:
+        SettingsError, DataError, FileNotFoundError, CheckpointError: something about the settings, the data,
+            the model or a checkpoint is wrong; raised before any training, with existing files untouched.
+        TrainingStopped: too many non-finite updates in a row.
+    """
+    started = time.time()
+    output_dir = Path(settings.output_dir)
+    resume = _check_output_dir(settings, output_dir)
+    device = _device(settings)
+    model, tokenizer = load_parts(settings, resume[0] if resume else None)
+    model.to(device)
+    stream = TokenStream(_data_config(settings), tokenizer, batch_size=settings.per_device_train_batch_size)
+    held_out = list(
+        islice(
+            TokenStream(_data_config(settings), tokenizer, batch_size=1, split="held_out"), settings.eval_samples
+        )
+    )
+
+    optimizer = _optimizer(model, settings)
+    schedule = get_scheduler(
+        settings.lr_scheduler_type, optimizer, settings.warmup_steps, num_training_steps=settings.max_steps
+    )
+    counters = {"step": 0, "tokens": 0, "skipped": 0, "seconds": 0.0}
+    if resume:
+        state = resume[1]
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        stream.load_state_dict(state["data"])
+        counters |= state["counters"]
+        checkpoint.set_random_state(state["random"])
+        print(f"going on from {resume[0]}, after update {counters['step']}")
+    elif settings.overwrite_output_dir:
+        _clear(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
+    tracker = Tracker(
+        output_dir, settings.report_to, settings.run_name, dataclasses.asdict(settings), counters["step"]
+    )
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def evaluate() -> dict[str, float]:
+        with _precision(settings, device):
+            return evaluate_held_out(model, held_out, settings, seed=settings.seed)
+
+    def save() -> None:
+        state = {
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "data": stream.state_dict(),
+            "counters": counters,
+        }
+        began = time.time()
+        folder = checkpoint.save_checkpoint(
+            output_dir, counters["step"], model, tokenizer, state, settings.save_total_limit
+        )
+        size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+        tqdm.write(f"saved {folder} ({size:.0f} MB, {time.time() - began:.1f} s)")
+
+    before = None
+    if held_out and not resume:
+        before = evaluate()
+        tracker.log(0, before)
+    batches = iter(stream)
+    model.train()
+    with stop_requests() as stop, tqdm(
+        total=settings.max_steps, initial=counters["step"], desc=settings.phase, unit="update", disable=None
+    ) as bar:
+        skipped_in_a_row = 0
+        while counters["step"] < settings.max_steps and not stop:
+            updates = min(settings.num_mini_batches, settings.max_steps - counters["step"])
+            saved_before = counters["step"] // settings.save_steps if settings.save_steps else 0
+            mini_batches = [
+                [next(batches).to(device) for _ in range(settings.gradient_accumulation_steps)]
+                for _ in range(updates)
+            ]
+            for mini_batch, draws in zip(mini_batches, _draw(model, mini_batches, settings, counters["step"])):
+                began = time.time()
+                metrics, last = _update(model, mini_batch, draws, optimizer, settings, counters["step"])
+                counters["step"] += 1
+                step = counters["step"]
+                schedule.step()
+                counters["tokens"] += metrics["tokens"]
+                counters["seconds"] += time.time() - began
+                skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped"] else 0
+                counters["skipped"] += metrics["skipped"]
+                metrics |= {
+                    "learning_rate": schedule.get_last_lr()[0],
+                    "tokens_per_second": metrics["tokens"] / (time.time() - began),
+                    "total_tokens": counters["tokens"],
+                    "skipped_updates": counters["skipped"],
+                }
+                if step % settings.logging_steps == 0 or step == settings.max_steps:
+                    tracker.log(step, metrics)
+                _show(bar, metrics, counters)
+                if last is not None and settings.sample_steps and step % settings.sample_steps == 0:
+                    write_samples(output_dir / "samples", step, mini_batch[-1].input_ids, last, tokenizer)
+                if skipped_in_a_row >= settings.max_skipped_updates:
+                    raise TrainingStopped(
+                        f"{skipped_in_a_row} updates in a row had a non-finite loss or gradient "
+                        f"(max_skipped_updates); stopped at update {step}, checkpoints in {output_dir} are intact"
+                    )
+                if held_out and settings.eval_steps and step % settings.eval_steps == 0 < settings.max_steps - step:
+                    tracker.log(step, evaluate())
+            if settings.save_steps and counters["step"] // settings.save_steps > saved_before:
+                save()
+    if stop and counters["step"] < settings.max_steps:
+        save()
+        tracker.close()
+        print(f"stopped by {stop[0]} after update {counters['step']}; go on with --resume_from_checkpoint auto")
+        return output_dir
+
+    after = None
+    if held_out:
+        after = evaluate()
+        tracker.log(counters["step"], after)
+    tracker.close()
+    checkpoint.save_folder(output_dir / "final", model, tokenizer)
+    plots = draw_plots(output_dir)
+    _report(output_dir, before, after, counters, stream, plots, time.time() - started)
+    return output_dir / "final"
+
+
+def load_parts(settings: TrainSettings, resume: Path | None) -> tuple[Any, Any]:
+    """The model and its tokenizer: of the checkpoint resumed, the model named, the type asked for, or the
+    package's own.
+    """
+    if settings.model_type is not None and resume is None:
+        source = settings.tokenizer_name_or_path or packaged_model()
+        tokenizer = _load_tokenizer(source)
+        overrides = {"vocab_size": len(tokenizer)} | _special_tokens(tokenizer) | settings.config_overrides
+        try:
+            model = new_model(settings.model_type, seed=settings.seed, **overrides)
+        except (ValueError, TypeError) as error:
+            raise SettingsError(str(error)) from error
+    else:
+        path = resume or settings.model_name_or_path or packaged_model()
+        try:
+            model = load_model(path, dtype=torch.float32)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+        tokenizer = _load_tokenizer(settings.tokenizer_name_or_path or path)
+    if len(tokenizer) > model.config.vocab_size:
+        raise SettingsError(
+            f"the tokenizer has {len(tokenizer)} entries but the model's vocab_size is {model.config.vocab_size}: "
+            "name the tokenizer that belongs to the model (tokenizer_name_or_path)"
+        )
+    return model, tokenizer
+
+
+def packaged_model() -> Path:
+    """The folder of the tiny DeltaNet that comes with this package."""
+    return Path(str(resources.files("refine") / "assets" / "tiny-delta-net"))
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[str]]:
+    """A list that is filled by the first Ctrl-C or SIGTERM; the second one stops at once."""
+    received: list[str] = []
+
+    def note(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
+        tqdm.write(f"{received[0]}: finishing this update, then saving; once more to stop at once")
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: signals are somebody else's business
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _draw(
+    model, mini_batches: list[list[Batch]], settings: TrainSettings, step: int
+) -> Iterator[list[RefineStepOutput | None]]:
+    """Off-policy: the rollouts of every mini-batch by the policy as it is now. On-policy: none, they are drawn
+    in the update itself.
+    """
+    if settings.phase == "sft" or settings.num_mini_batches == 1:
+        return iter([[None] * len(mini_batch) for mini_batch in mini_batches])
+    device = next(model.parameters()).device
+    with torch.no_grad(), _precision(settings, device):
+        return iter(
+            [
+                [_refine(model, batch, settings, step + i) for batch in mini_batch]
+                for i, mini_batch in enumerate(mini_batches)
+            ]
+        )
+
+
+def _refine(model, batch: Batch, settings: TrainSettings, step: int, **given) -> RefineStepOutput:
+    seeds = mix_seeds(settings.seed, step, batch.keys)
+    return refine_step(
+        model, batch.input_ids, settings, attention_mask=batch.attention_mask, seeds=seeds, **given
+    )
+
+
+def _update(
+    model, mini_batch: list[Batch], draws: list[RefineStepOutput | None], optimizer, settings, step: int
+) -> tuple[dict[str, float], RefineStepOutput | None]:
+    """One optimizer update over a mini-batch, unless its loss or gradient is not finite."""
+    device = next(model.parameters()).device
+    optimizer.zero_grad(set_to_none=True)
+    sums: dict[str, torch.Tensor] = {}
+    output = None
+    for batch, draw in zip(mini_batch, draws):
+        with _precision(settings, device):
+            if settings.phase == "sft":
+                head = NextTokenLoss(
+                    *next_token_targets(batch.input_ids, batch.attention_mask.sum(1)), entropy=False
+                )
+                loss = model(batch.input_ids, use_cache=False, head=head).loss
+                found = {"loss": loss, "ntp_loss": loss}
+            else:
+                given = {}
+                if draw is not None:
+                    given = {
+                        "positions": draw.positions,
+                        "rollouts": draw.rollouts,
+                        "old_logprobs": draw.logprobs,
+                        "advantages": draw.advantages,
+                    }
+                output = _refine(model, batch, settings, step, **given)
+                loss = output.loss
+                found = {
+                    "loss": loss,
+                    "ntp_loss": output.ntp_loss,
+                    "nsp_loss": output.nsp_loss,
+                    "reward": output.rewards.mean(),
+                    "reward_std": output.rewards.std(),
+                    "cosine": output.cosine.mean(),
+                    "exact_match": output.exact_match.mean(),
+                    "entropy": output.entropy[batch.attention_mask.bool()].mean(),
+                    "clip_fraction": output.clip_fraction,
+                }
+        (loss / len(mini_batch)).backward()
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + value.detach() / len(mini_batch)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+    metrics = {name: value.item() for name, value in sums.items()} | {"grad_norm": norm.item()}
+    finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+    if finite:
+        optimizer.step()
+    tokens = sum(int(batch.attention_mask.sum()) for batch in mini_batch)
+    return metrics | {"tokens": tokens, "skipped": int(not finite)}, output
+
+
+def _optimizer(model, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW; vectors (norms, decay rates) are not decayed."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+    )
+
+
+def _precision(settings: TrainSettings, device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16)
+
+
+def _device(settings: TrainSettings) -> torch.device:
+    try:
+        device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"device {settings.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _data_config(settings: TrainSettings) -> DataConfig:
+    names = {f.name for f in dataclasses.fields(DataConfig)}
+    return DataConfig(**{name: getattr(settings, name) for name in names})
+
+
+def _check_output_dir(settings: TrainSettings, output_dir: Path) -> tuple[Path, dict] | None:
+    """What to resume, if anything; a folder with files in it must be named on purpose."""
+    resume = checkpoint.find_resume(output_dir, settings.resume_from_checkpoint)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise SettingsError(f"output_dir {str(output_dir)!r} is a file")
+    occupied = output_dir.is_dir() and any(output_dir.iterdir())
+    if occupied and not resume and not settings.overwrite_output_dir:
+        raise SettingsError(
+            f"output_dir {str(output_dir)!r} is not empty: give --overwrite_output_dir, "
+            "--resume_from_checkpoint auto, or another folder"
+        )
+    return resume
+
+
+def _clear(output_dir: Path) -> None:
+    """Remove what an earlier run of ours wrote, and nothing else."""
+    import shutil
+
+    for pattern in ("checkpoint-*", "final", "final.partial", "samples", "tensorboard"):
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+    for name in ("metrics.jsonl", "config.yaml", "loss.png", "reward.png"):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def _load_tokenizer(source: str | Path):
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"no tokenizer can be loaded from {str(source)!r}: {error}") from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _special_tokens(tokenizer) -> dict[str, int | None]:
+    return {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+
+
+def _show(bar: tqdm, metrics: dict[str, float], counters: dict[str, Any]) -> None:
+    shown = {"loss": f"{metrics['ntp_loss']:.3f}"}
+    if "reward" in metrics:
+        shown["reward"] = f"{metrics['reward']:.3f}"
+    shown["tok/s"] = f"{metrics['tokens_per_second']:.0f}"
+    if counters["skipped"]:
+        shown["skipped"] = counters["skipped"]
+    bar.set_postfix(shown, refresh=False)
+    bar.update()
+
+
+def _report(output_dir, before, after, counters, stream, plots, seconds) -> None:
+    """The table at the end of a run."""
+    print(f"\n{counters['step']} updates, {counters['tokens']:,} tokens, {seconds:.0f} s in all")
+    if counters["skipped"]:
+        print(f"{counters['skipped']} updates were skipped: their loss or gradient was not finite")
+    print(stream.counts)
+    if after:
+        names = ("next-token loss", "next-token accuracy", "cosine reward", "binary reward")
+        print(f"\nheld out ({after['eval_sequences']} sequences)   before     after    change")
+        for name, key in zip(names, EVALUATED):
+            if before:
+                row = f"{before[key]:9.4f} {after[key]:9.4f} {after[key] - before[key]:+9.4f}"
+            else:
+                row = f"{'-':>9} {after[key]:9.4f} {'-':>9}"
+            print(f"{name:<26}{row}")
+    print(f"\nmodel    {output_dir / 'final'}")
+    for plot in plots:
+        print(f"picture  {plot}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

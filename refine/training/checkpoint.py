@@ -1,0 +1,125 @@
+"""Checkpoints: Hugging Face weights beside the training state, written whole or not at all.
+
+A checkpoint is written into a folder beside its place and renamed when it is complete, so a crash while saving
+leaves the last good one. Nothing is read that could run code: weights are safetensors, and the training state
+is loaded with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TRAINING_STATE = "training_state.pt"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read: the message says which and why."""
+
+
+def save_checkpoint(
+    output_dir: Path, step: int, model, tokenizer, state: dict[str, Any], keep: int | None
+) -> Path:
+    """Write ``output_dir/checkpoint-{step}`` and remove the oldest beyond ``keep``."""
+    final = output_dir / f"checkpoint-{step}"
+    save_folder(final, model, tokenizer, state)
+    if keep is not None:
+        for old in list_checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def save_folder(final: Path, model, tokenizer, state: dict[str, Any] | None = None) -> None:
+    """Weights, configuration and tokenizer in Hugging Face layout, and the training state if there is one.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written.
+    """
+    partial = final.with_name(final.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if state is not None:
+            torch.save(state | {"random": random_state()}, partial / TRAINING_STATE)
+        for path in partial.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{final} could not be written ({error}); earlier checkpoints are intact"
+        ) from error
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [(int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def load_training_state(folder: Path) -> dict[str, Any]:
+    """The training state of one checkpoint.
+
+    Raises:
+        CheckpointError: it has none, or it cannot be read.
+    """
+    path = folder / TRAINING_STATE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {TRAINING_STATE}: it can be used as a model, not resumed")
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # a torn file fails in many ways; each means the same to the user
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def find_resume(output_dir: Path, wanted: str) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from, with its training state; None: start afresh.
+
+    Args:
+        output_dir: the run's folder.
+        wanted: ``none``, ``auto`` (the newest that can be read; broken ones are named and passed over), or a
+            folder.
+    """
+    if wanted == "none":
+        return None
+    if wanted != "auto":
+        folder = Path(wanted)
+        if not folder.is_dir():
+            raise CheckpointError(f"resume_from_checkpoint: there is no folder {wanted!r}")
+        return folder, load_training_state(folder)
+    for folder in reversed(list_checkpoints(output_dir)):
+        try:
+            return folder, load_training_state(folder)
+        except CheckpointError as error:
+            print(f"passing over a broken checkpoint: {error}")
+    return None
+
+
+def random_state() -> dict[str, Any]:
+    """Every random generator's state, as tensors and plain values."""
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {"python": [version, list(words), gauss], "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put every random generator back."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

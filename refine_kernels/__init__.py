@@ -1,0 +1,17 @@
+"""Kernels for fast-weight language models, importable into anybody's training code.
+
+Layouts follow the field's habit: ``[B, T, H, D]`` activations, ``cu_seqlens`` for packed sequences,
+float32 states ``[N, H, K, V]``. ``refine_kernels.reference`` holds the same functions as plain,
+sequential PyTorch: the definition that every backend is tested against.
+"""
+
+from refine_kernels.delta_rule import chunk_delta_rule, recurrent_delta_rule
+from refine_kernels.linear_logprob import LinearLogprobOutput, linear_cross_entropy, linear_logprob
+
+__all__ = [
+    "LinearLogprobOutput",
+    "chunk_delta_rule",
+    "linear_cross_entropy",
+    "linear_logprob",
+    "recurrent_delta_rule",
+]

@@ -1,0 +1,327 @@
+"""The linear head on row chunks, in PyTorch: at most one chunk of logits is alive, never ``[N, V]``.
+
+Both paths walk over the rows in chunks: one matrix product gives a chunk of logits ``[R, V]``, the row
+arithmetic runs over blocks of it that stay in the cache, and everything else is small.
+
+*General* (`forward`, `backward`): any of log-prob, entropy, lse, a drawn token; the backward recomputes the
+logits of those rows whose upstream gradient is not zero. 4 products in all.
+*Dense* (`loss_and_gradients`): the weighted sum of the rows' losses with the entropies off the same pass and
+the gradients taken at once, logits turned into their own gradient in place. 3 products in all.
+
+The row arithmetic. With ``m = max q``, ``d = q - m`` and ``p = softmax(d)`` from the fused kernel, nothing
+needs another exponential or logarithm of a whole row:
+
+    c      = sum p                the rounding error of the kernel's own sum: p / c is normalised to an ulp
+    log_s  = log(c / max p)       log sum exp(d) >= 0, since the largest element of exp(d) is 1
+    lse    = m + log_s
+    log p  = d - log_s
+    H      = log_s - sum(p d) / c         both terms >= 0, and neither knows m: shifts cost no accuracy
+
+    dL/dq  = g_lp (1_y - p) - g_H p (log p + H) + g_lse p
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from refine_kernels.linear_logprob.philox import gumbel
+
+# Rows per product: below about 128 the products lose their speed, above 16 MiB of logits nothing is won.
+CHUNK_BYTES = 16 << 20
+MIN_CHUNK_ROWS = 128
+# Rows per block of row arithmetic: two of these, logits and shifted logits, fit the second-level cache.
+BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Head:
+    """``q = softcap(x W^T + b) / temperature`` and the arithmetic it is computed in."""
+
+    weight: torch.Tensor  # [V, D] float32 or float64
+    bias: torch.Tensor | None  # [V] same
+    softcap: float | None
+    temperature: float
+
+    @classmethod
+    def of(
+        cls,
+        x: torch.Tensor,  # [N, D]
+        weight: torch.Tensor,  # [V, D]
+        bias: torch.Tensor | None,  # [V]
+        softcap: float | None,
+        temperature: float = 1.0,
+    ) -> Head:
+        """The head in the dtype of the arithmetic; a half-precision weight is converted once per call."""
+        dtype = accumulation_dtype(x, weight)
+        bias = None if bias is None else bias.to(dtype)
+        return cls(weight.to(dtype).contiguous(), bias, softcap, temperature)
+
+    def scaled_logits_(
+        self,
+        q: torch.Tensor,  # [R, V] out
+        x: torch.Tensor,  # [R, D]
+    ) -> None:
+        torch.mm(x, self.weight.t(), out=q)
+        if self.bias is not None:
+            q.add_(self.bias)
+        if self.softcap is not None:
+            q.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.temperature != 1:
+            q.div_(self.temperature)
+
+
+class Rows(NamedTuple):
+    """What a block of rows is known by after its softmax. All ``[B, 1]``."""
+
+    m: torch.Tensor  # max q
+    log_s: torch.Tensor  # log sum exp(q - m)
+    c: torch.Tensor  # sum of the kernel's probabilities
+
+
+class Upstream(NamedTuple):
+    """dL/d(logprob), dL/d(entropy), dL/d(lse) of each row ``[N]``, and the entropies where the second is there."""
+
+    logprob: torch.Tensor
+    entropy: torch.Tensor | None
+    lse: torch.Tensor | None
+    row_entropy: torch.Tensor | None
+
+    def at(self, rows: torch.Tensor) -> Upstream:  # the same, [B, 1]
+        return Upstream(*(None if g is None else g[rows, None] for g in self))
+
+
+class Gradients:
+    """dx, dW and db, each only where needed, accumulated over chunks in the dtype of the arithmetic."""
+
+    def __init__(
+        self,
+        x: torch.Tensor,  # [N, D]
+        head: Head,
+        needs: tuple[bool, bool, bool],
+    ) -> None:
+        w = head.weight
+        empty = w.new_empty(0)
+        self.needs_x, self.needs_weight, self.needs_bias = needs
+        self.head = head
+        self.x = w.new_zeros(x.shape) if self.needs_x else empty  # [N, D]
+        self.weight = torch.zeros_like(w) if self.needs_weight else empty.clone()  # [V, D]
+        self.bias = w.new_zeros(w.shape[0]) if self.needs_bias else empty.clone()  # [V]
+
+    def add(
+        self,
+        dz: torch.Tensor,  # [R, V]
+        x: torch.Tensor,  # [R, D]
+        rows: torch.Tensor,  # [R]
+    ) -> None:
+        if self.needs_x:
+            self.x[rows] = dz @ self.head.weight
+        if self.needs_weight:
+            self.weight.addmm_(dz.t(), x)
+        if self.needs_bias:
+            self.bias += dz.sum(0)
+
+
+def forward(
+    x: torch.Tensor,  # [N, D]
+    head: Head,
+    target: torch.Tensor | None,  # [N]; None: the drawn token
+    seed: torch.Tensor | None,  # [N]
+    *,
+    ignore_index: int,
+    need_logprob: bool,
+    need_entropy: bool,
+    need_lse: bool,
+    sample: bool,
+    greedy: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-prob, entropy, lse and token of every row, each ``[N]``, or ``[0]`` where not needed."""
+    N = x.shape[0]
+    logprob, entropy, lse = (x.new_empty(N if need else 0, dtype=head.weight.dtype)
+                             for need in (need_logprob, need_entropy, need_lse))  # fmt: skip
+    token = x.new_empty(N if sample else 0, dtype=torch.int64)
+    for rows, _, q, d in _chunks(x, head, torch.arange(N, device=x.device)):
+        for rows_b, q_b, d_b in _blocks(rows, q, d):
+            if sample:
+                token[rows_b] = q_b.argmax(-1) if greedy else _draw(q_b, seed[rows_b])
+            if need_logprob:
+                y = token[rows_b] if target is None else target[rows_b]
+                valid = y != ignore_index
+                q_y = q_b.gather(1, torch.where(valid, y, 0)[:, None])  # [B, 1]
+            row = _softmax_(q_b, d_b)
+            if need_logprob:
+                logprob[rows_b] = torch.where(valid, (q_y - row.m - row.log_s)[:, 0], 0.0)
+            if need_entropy:
+                entropy[rows_b] = _entropy(q_b, d_b, row)[:, 0]
+            if need_lse:
+                lse[rows_b] = (row.m + row.log_s)[:, 0]
+    return logprob, entropy, lse, token
+
+
+def backward(
+    x: torch.Tensor,  # [N, D]
+    head: Head,
+    target: torch.Tensor | None,  # [N]
+    upstream: Upstream,
+    *,
+    ignore_index: int,
+    needs: tuple[bool, bool, bool],
+) -> Gradients:
+    """Gradients of the general path. Rows whose upstream gradients are all zero cost nothing."""
+    target, upstream = _without_ignored(target, upstream, ignore_index)
+    live = upstream.logprob != 0
+    for g in (upstream.entropy, upstream.lse):
+        live = live if g is None else live | (g != 0)
+    gradients = Gradients(x, head, needs)
+    for rows, x_c, q, d in _chunks(x, head, live.nonzero()[:, 0]):
+        for rows_b, q_b, d_b in _blocks(rows, q, d):
+            row = _softmax_(q_b, d_b)
+            _gradient_(q_b, d_b, row, target[rows_b, None], upstream.at(rows_b), head)
+        gradients.add(q, x_c, rows)
+    return gradients
+
+
+def loss_and_gradients(
+    x: torch.Tensor,  # [N, D]
+    head: Head,
+    target: torch.Tensor,  # [N]
+    row_scale: torch.Tensor,  # [N]
+    *,
+    ignore_index: int,
+    need_entropy: bool,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
+    """``sum_r row_scale[r] * -log p_r[target[r]]``, the entropies ``[N]``, and the loss's gradients.
+
+    Rows that are ignored or have scale zero cost one product instead of three where entropies are asked
+    for, and nothing where they are not.
+    """
+    target, upstream = _without_ignored(target, Upstream(-row_scale, None, None, None), ignore_index)
+    live = upstream.logprob != 0
+    logprob = torch.zeros_like(upstream.logprob)  # [N]
+    entropy = torch.empty_like(logprob) if need_entropy else logprob.new_empty(0)
+    gradients = Gradients(x, head, needs)
+
+    for rows, x_c, q, d in _chunks(x, head, live.nonzero()[:, 0]):
+        for rows_b, q_b, d_b in _blocks(rows, q, d):
+            y = target[rows_b, None]
+            q_y = q_b.gather(1, y)  # [B, 1]
+            row = _softmax_(q_b, d_b)
+            logprob[rows_b] = (q_y - row.m - row.log_s)[:, 0]
+            if need_entropy:
+                entropy[rows_b] = _entropy(q_b, d_b, row)[:, 0]
+            if any(needs):
+                _gradient_(q_b, d_b, row, y, upstream.at(rows_b), head)
+        gradients.add(q, x_c, rows)
+
+    if need_entropy:
+        for rows, _, q, d in _chunks(x, head, (~live).nonzero()[:, 0]):
+            for rows_b, q_b, d_b in _blocks(rows, q, d):
+                entropy[rows_b] = _entropy(q_b, d_b, _softmax_(q_b, d_b))[:, 0]
+    return (upstream.logprob * logprob).sum(), entropy, gradients
+
+
+def accumulation_dtype(
+    x: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+) -> torch.dtype:
+    """float64 when either input is, else float32."""
+    return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+
+
+def _chunks(
+    x: torch.Tensor,  # [N, D]
+    head: Head,
+    rows: torch.Tensor,  # [n] which of the N
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """For each chunk: its rows [R], their x [R, D], scaled logits [R, V], and scratch for one block [B, V]."""
+    V = head.weight.shape[0]
+    row_bytes = V * head.weight.itemsize
+    R = min(max(MIN_CHUNK_ROWS, CHUNK_BYTES // row_bytes), len(rows))
+    B = min(max(1, BLOCK_BYTES // row_bytes), R)
+    q, d = head.weight.new_empty(R, V), head.weight.new_empty(B, V)
+    for start in range(0, len(rows), max(R, 1)):
+        chunk = rows[start : start + R]
+        x_c = x[chunk].to(head.weight.dtype)
+        q_c = q[: len(chunk)]
+        head.scaled_logits_(q_c, x_c)
+        yield chunk, x_c, q_c, d
+
+
+def _blocks(
+    rows: torch.Tensor,  # [R]
+    q: torch.Tensor,  # [R, V]
+    d: torch.Tensor,  # [B, V]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The same chunk in blocks of at most B rows: rows, logits, scratch."""
+    B = max(len(d), 1)
+    for start in range(0, len(rows), B):
+        q_b = q[start : start + B]
+        yield rows[start : start + B], q_b, d[: len(q_b)]
+
+
+def _softmax_(
+    q: torch.Tensor,  # [B, V] logits -> probabilities times c
+    d: torch.Tensor,  # [B, V] out: q - m
+) -> Rows:
+    m = q.amax(1, keepdim=True)
+    torch.sub(q, m, out=d)
+    torch.softmax(d, 1, out=q)
+    c = q.sum(1, keepdim=True)
+    return Rows(m, (c / q.amax(1, keepdim=True)).log_(), c)
+
+
+def _entropy(
+    p: torch.Tensor,  # [B, V] probabilities times c
+    d: torch.Tensor,  # [B, V]
+    row: Rows,
+) -> torch.Tensor:  # [B, 1]
+    return row.log_s - (p * d).sum(1, keepdim=True) / row.c
+
+
+def _gradient_(
+    p: torch.Tensor,  # [B, V] probabilities times c -> dL/d(x W^T + b)
+    d: torch.Tensor,  # [B, V] used up
+    row: Rows,
+    y: torch.Tensor,  # [B, 1]
+    g: Upstream,  # [B, 1] each
+    head: Head,
+) -> None:
+    # dL/dq = p (g_lse - g_lp - g_H (log p + H)) + g_lp 1_y, with log p = d - log_s
+    factor = -g.logprob
+    if g.lse is not None:
+        factor = factor + g.lse
+    if g.entropy is not None:
+        factor = torch.addcmul(factor + g.entropy * (row.log_s - g.row_entropy), g.entropy, d, value=-1)
+    p.mul_(factor.div_(row.c))
+    p.scatter_add_(1, y, g.logprob)
+    if head.softcap is not None:
+        # q T / cap = tanh(.), and its derivative is 1 - tanh^2; the cap itself cancels
+        d.add_(row.m).mul_(head.temperature / head.softcap)
+        p.addcmul_(p, d.square_(), value=-1)
+    if head.temperature != 1:
+        p.div_(head.temperature)
+
+
+def _without_ignored(
+    target: torch.Tensor | None,  # [N]
+    upstream: Upstream,
+    ignore_index: int,
+) -> tuple[torch.Tensor, Upstream]:
+    """Ignored rows get target 0 and a log-prob gradient of zero."""
+    if target is None:
+        return torch.zeros_like(upstream.logprob, dtype=torch.int64), upstream
+    valid = target != ignore_index
+    g = torch.where(valid, upstream.logprob, 0.0)
+    return torch.where(valid, target, 0), upstream._replace(logprob=g)
+
+
+def _draw(
+    q: torch.Tensor,  # [B, V]
+    seed: torch.Tensor,  # [B]
+) -> torch.Tensor:  # [B]
+    columns = torch.arange(q.shape[1], device=q.device)
+    return (q + gumbel(seed[:, None], columns)).argmax(1)

@@ -1,0 +1,448 @@
+"""The public functions: checks, flattening, autocast, and the custom ops that autograd and compile see.
+
+Each of the two paths is one custom op. What follows from shapes and settings is checked here, once; the
+files below trust their arguments.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from refine_kernels.dispatch import choose_backend
+from refine_kernels.linear_logprob import chunked, reference
+from refine_kernels.linear_logprob.reference import LinearLogprobOutput, resolve_seeds
+
+_BACKENDS = ("reference", "torch")
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def linear_logprob(
+    x: torch.Tensor,  # [..., D]
+    weight: torch.Tensor,  # [V, D]
+    target: torch.Tensor | None = None,  # [...]
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    return_lse: bool = False,
+    sample: bool = False,
+    seed: int | torch.Tensor | None = None,  # [...] when a tensor
+    bias: torch.Tensor | None = None,  # [V]
+    logit_softcap: float | None = None,
+    backend: str | None = None,
+) -> LinearLogprobOutput:
+    """Log-probs, entropies, log-sum-exps and samples of a linear head, without the logits.
+
+    With ``z = softcap(x W^T + b)``, everything is of ``softmax(z / temperature)``. Differentiable in
+    ``logprob``, ``entropy`` and ``lse`` with respect to ``x``, ``weight`` and ``bias``; the backward
+    recomputes logits, for those rows only whose upstream gradient is not zero.
+
+    Args:
+        x: hidden states, ``[..., D]``, float32, bfloat16, float16 or float64; any leading shape, any strides.
+        weight: the head, ``[V, D]``.
+        target: int64 or int32, ``[...]``, in ``[0, V)`` or ``ignore_index``. An ignored row has log-prob 0
+            and passes no gradient through it; its entropy and lse are those of any other row.
+        temperature: divides the logits. 0 is allowed when sampling: the token is then the arg-max (lowest
+            index on ties), and log-prob, entropy and lse are reported at temperature 1.
+        return_entropy: also return the entropy, in nats.
+        return_lse: also return the log-sum-exp of ``z / temperature``.
+        sample: also draw one token per row. Without a ``target``, ``logprob`` is the drawn token's.
+        seed: for sampling: an int (row ``r`` uses ``row_seeds(seed, ...)[r]``), or one int64 per row,
+            ``[...]``: such a row's token depends on its own seed, x and the weight alone, not on the batch.
+            ``None`` takes a seed from PyTorch's default generator.
+        bias: ``[V]``, finite.
+        logit_softcap: ``c`` in ``z = c tanh(z / c)``, positive.
+        backend: ``"torch"``, ``"reference"`` or ``None`` (see ``refine_kernels.dispatch``).
+
+    Returns:
+        ``LinearLogprobOutput(logprob, entropy, lse, token)``, each ``[...]``: float32 (float64 for float64
+        inputs), the token int64; ``None`` where not asked for. Under autocast x, weight and bias are taken
+        in the autocast dtype; the arithmetic stays float32.
+
+    Raises:
+        ValueError: an argument has a wrong type, shape, device or value, or nothing is asked for.
+    """
+    _check_head(x, weight, bias, logit_softcap)
+    _check_temperature(temperature, sample)
+    if target is not None:
+        _check_target(target, x, weight.shape[0], ignore_index)
+    if sample:
+        _check_seed(seed, x)
+    elif target is None and not (return_entropy or return_lse):
+        raise ValueError("target is None: give one, or ask for return_entropy, return_lse or sample")
+    x, weight, bias = _autocast(x, weight, bias)
+
+    if choose_backend(backend, x, _BACKENDS) == "reference":
+        return reference.linear_logprob(
+            x, weight, target, temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy,
+            return_lse=return_lse, sample=sample, seed=seed, bias=bias, logit_softcap=logit_softcap,
+        )  # fmt: skip
+    leading = x.shape[:-1]
+    seeds = resolve_seeds(seed, leading, x.device) if sample and temperature > 0 else None
+    outputs = _linear_logprob(
+        _rows(x), weight, bias,
+        None if target is None else target.reshape(-1).long(),
+        None if seeds is None else seeds.reshape(-1),
+        float(temperature), logit_softcap, ignore_index, return_entropy, return_lse, sample,
+    )  # fmt: skip
+    asked = (target is not None or sample, return_entropy, return_lse, sample)
+    return LinearLogprobOutput(*(out.view(leading) if a else None for out, a in zip(outputs, asked)))
+
+
+def linear_cross_entropy(
+    x: torch.Tensor,  # [..., D]
+    weight: torch.Tensor,  # [V, D]
+    target: torch.Tensor,  # [...]
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    row_weight: torch.Tensor | None = None,  # [...]
+    return_entropy: bool = False,
+    bias: torch.Tensor | None = None,  # [V]
+    logit_softcap: float | None = None,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of a linear head without the logits, and the entropies of all rows off the same pass.
+
+    For ``"mean"`` and ``"sum"`` the gradients are taken in the forward pass, when one is needed: three
+    matrix products in all, and the backward only multiplies by the upstream scalar.
+
+    Args:
+        x: hidden states, ``[..., D]``, float32, bfloat16, float16 or float64; any leading shape, any strides.
+        weight: the head, ``[V, D]``.
+        target: int64 or int32, ``[...]``, in ``[0, V)`` or ``ignore_index`` (no loss, no gradient).
+        reduction: ``"sum"``; ``"mean"``, the sum divided by the number of rows that are not ignored,
+            whatever their ``row_weight`` (0 when all are ignored); or ``"none"``, ``[...]``.
+        row_weight: ``[...]``, multiplies each row's loss; a constant. A row of weight 0 costs as little as an
+            ignored one.
+        return_entropy: also return the entropy of every row, of ignored rows too. It carries no gradient
+            (``linear_logprob``'s does).
+        bias: ``[V]``, finite.
+        logit_softcap: ``c`` in ``z = c tanh(z / c)``, positive.
+        backend: ``"torch"``, ``"reference"`` or ``None`` (see ``refine_kernels.dispatch``).
+
+    Returns:
+        The loss, a scalar or ``[...]``; with ``return_entropy`` the pair (loss, entropy ``[...]``). float32
+        (float64 for float64 inputs). Autocast as in ``linear_logprob``.
+
+    Raises:
+        ValueError: an argument has a wrong type, shape, device or value.
+    """
+    _check_head(x, weight, bias, logit_softcap)
+    _check_target(target, x, weight.shape[0], ignore_index)
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+    if row_weight is not None:
+        _check_row_weight(row_weight, x)
+    x, weight, bias = _autocast(x, weight, bias)
+
+    if choose_backend(backend, x, _BACKENDS) == "reference":
+        return reference.linear_cross_entropy(
+            x, weight, target, reduction=reduction, ignore_index=ignore_index, row_weight=row_weight,
+            return_entropy=return_entropy, bias=bias, logit_softcap=logit_softcap,
+        )  # fmt: skip
+    leading = x.shape[:-1]
+    rows, y = _rows(x), target.reshape(-1).long()
+    dtype = chunked.accumulation_dtype(x, weight)
+    scale = torch.ones_like(y, dtype=dtype) if row_weight is None else row_weight.reshape(-1).to(dtype)  # [N]
+
+    if reduction == "none":  # the upstream gradient is one number per row: the general path
+        logprob, entropy, _, _ = _linear_logprob(
+            rows, weight, bias, y, None, 1.0, logit_softcap, ignore_index, return_entropy, False, False
+        )
+        loss = -(logprob * scale).view(leading)
+    else:
+        if reduction == "mean":
+            scale = scale / (y != ignore_index).sum().clamp_min(1)
+        grad = torch.is_grad_enabled()
+        loss, entropy, _, _, _ = _dense_cross_entropy(
+            rows, weight, bias, y, scale, logit_softcap, ignore_index, return_entropy,
+            grad and x.requires_grad, grad and weight.requires_grad,
+            grad and bias is not None and bias.requires_grad,
+        )  # fmt: skip
+    return (loss, entropy.detach().view(leading)) if return_entropy else loss
+
+
+# ---- the general path as a custom op ---------------------------------------------------------------------
+
+
+@torch.library.custom_op("refine_kernels::linear_logprob", mutates_args=())
+def _linear_logprob(
+    x: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None,  # [V]
+    target: torch.Tensor | None,  # [N]
+    seed: torch.Tensor | None,  # [N]
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    need_entropy: bool,
+    need_lse: bool,
+    sample: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-prob, entropy, lse, token: ``[N]``, or ``[0]`` where not needed."""
+    with torch.autocast(x.device.type, enabled=False):
+        return chunked.forward(
+            x,
+            chunked.Head.of(x, weight, bias, softcap, temperature or 1.0),
+            target,
+            seed,
+            ignore_index=ignore_index,
+            need_logprob=target is not None or sample,
+            need_entropy=need_entropy,
+            need_lse=need_lse,
+            sample=sample,
+            greedy=temperature == 0,
+        )
+
+
+@_linear_logprob.register_fake
+def _(x, weight, bias, target, seed, temperature, softcap, ignore_index, need_entropy, need_lse, sample):
+    N, dtype = x.shape[0], chunked.accumulation_dtype(x, weight)
+    values = (
+        x.new_empty(N if need else 0, dtype=dtype)
+        for need in (target is not None or sample, need_entropy, need_lse)
+    )
+    return (*values, x.new_empty(N if sample else 0, dtype=torch.int64))
+
+
+@torch.library.custom_op("refine_kernels::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    x: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None,  # [V]
+    target: torch.Tensor | None,  # [N]
+    entropy: torch.Tensor | None,  # [N]
+    grad_logprob: torch.Tensor,  # [N]
+    grad_entropy: torch.Tensor | None,  # [N]
+    grad_lse: torch.Tensor | None,  # [N]
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx ``[N, D]``, dW ``[V, D]``, db ``[V]`` in the dtypes of x, weight and bias; ``[0]`` where not needed."""
+    with torch.autocast(x.device.type, enabled=False):
+        gradients = chunked.backward(
+            x,
+            chunked.Head.of(x, weight, bias, softcap, temperature or 1.0),
+            target,
+            chunked.Upstream(grad_logprob, grad_entropy, grad_lse, entropy),
+            ignore_index=ignore_index,
+            needs=(need_x, need_weight, need_bias),
+        )
+    bias_dtype = gradients.bias.dtype if bias is None else bias.dtype
+    return gradients.x.to(x.dtype), gradients.weight.to(weight.dtype), gradients.bias.to(bias_dtype)
+
+
+@_linear_logprob_backward.register_fake
+def _(x, weight, bias, target, entropy, grad_logprob, grad_entropy, grad_lse, temperature, softcap,
+      ignore_index, need_x, need_weight, need_bias):  # fmt: skip
+    bias_dtype = chunked.accumulation_dtype(x, weight) if bias is None else bias.dtype
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        weight.new_empty(weight.shape[0] if need_bias else 0, dtype=bias_dtype),
+    )
+
+
+def _linear_logprob_setup(ctx, inputs, output):
+    x, weight, bias, target, _, temperature, softcap, ignore_index, need_entropy, _, sample = inputs
+    _, entropy, _, token = output
+    y = token if target is None and sample else target
+    ctx.save_for_backward(x, weight, bias, y, entropy if need_entropy else None)
+    ctx.settings = (temperature, softcap, ignore_index)
+    ctx.set_materialize_grads(False)
+
+
+def _linear_logprob_gradients(ctx, grad_logprob, grad_entropy, grad_lse, _):
+    x, weight, bias, y, entropy = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    if grad_logprob is None or y is None:
+        grad_logprob = x.new_zeros(x.shape[0], dtype=chunked.accumulation_dtype(x, weight))
+    if entropy is None:
+        grad_entropy = None
+    dx, dw, db = _linear_logprob_backward(
+        x, weight, bias, y, entropy, grad_logprob, grad_entropy, grad_lse,
+        *ctx.settings, need_x, need_weight, need_bias,
+    )  # fmt: skip
+    return dx if need_x else None, dw if need_weight else None, db if need_bias else None, *[None] * 8
+
+
+_linear_logprob.register_autograd(_linear_logprob_gradients, setup_context=_linear_logprob_setup)
+
+
+# ---- the dense path as a custom op -----------------------------------------------------------------------
+
+
+@torch.library.custom_op("refine_kernels::dense_cross_entropy", mutates_args=())
+def _dense_cross_entropy(
+    x: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None,  # [V]
+    target: torch.Tensor,  # [N]
+    row_scale: torch.Tensor,  # [N]
+    softcap: float | None,
+    ignore_index: int,
+    need_entropy: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss ``[]``, entropy ``[N]``, and the loss's dx, dW, db, float32 (float64); ``[0]`` where not needed.
+
+    The gradients stay float32 until the backward has multiplied them by the upstream scalar: rounded once,
+    and a loss scale for float16 still finds what is below float16's range.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        loss, entropy, gradients = chunked.loss_and_gradients(
+            x,
+            chunked.Head.of(x, weight, bias, softcap),
+            target,
+            row_scale,
+            ignore_index=ignore_index,
+            need_entropy=need_entropy,
+            needs=(need_x, need_weight, need_bias),
+        )
+    return loss, entropy, gradients.x, gradients.weight, gradients.bias
+
+
+@_dense_cross_entropy.register_fake
+def _(x, weight, bias, target, row_scale, softcap, ignore_index, need_entropy, need_x, need_weight, need_bias):
+    dtype = chunked.accumulation_dtype(x, weight)
+    shapes = [(), x.shape[:1], x.shape, weight.shape, weight.shape[:1]]
+    needed = [True, need_entropy, need_x, need_weight, need_bias]
+    return tuple(x.new_empty(shape if need else 0, dtype=dtype) for shape, need in zip(shapes, needed))
+
+
+def _dense_setup(ctx, inputs, output):
+    x, weight, bias, *_ = inputs
+    ctx.save_for_backward(*output[2:])
+    ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+    ctx.set_materialize_grads(False)
+
+
+def _dense_gradients(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 11
+    gradients = [
+        (gradient * grad_loss).to(dtype) if need else None
+        for gradient, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3])
+    ]
+    return *gradients, *[None] * 8
+
+
+_dense_cross_entropy.register_autograd(_dense_gradients, setup_context=_dense_setup)
+
+
+# ---- arguments -------------------------------------------------------------------------------------------
+
+
+def _rows(
+    x: torch.Tensor,  # [..., D]
+) -> torch.Tensor:  # [N, D]
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Under autocast the tensors in its dtype (float64 is left alone, as autocast leaves it)."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def _check_head(
+    x: torch.Tensor,  # [..., D]
+    weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None,  # [V]
+    logit_softcap: float | None,
+) -> None:
+    if not x.is_floating_point() or x.ndim < 1:
+        raise ValueError(f"x must be a floating-point tensor [..., D], got {_described(x)}")
+    if not weight.is_floating_point() or weight.ndim != 2 or weight.shape[0] < 1:
+        raise ValueError(f"weight must be a floating-point tensor [V, D] with V >= 1, got {_described(weight)}")
+    V, D = weight.shape
+    if x.shape[-1] != D:
+        raise ValueError(f"x must end in D = {D} like weight [V, D] = {[V, D]}, got {_described(x)}")
+    _check_device("weight", weight, x)
+    if bias is not None:
+        if not bias.is_floating_point() or bias.shape != (V,):
+            raise ValueError(f"bias must be a floating-point tensor [V] = {[V]}, got {_described(bias)}")
+        _check_device("bias", bias, x)
+    if logit_softcap is not None and not 0 < logit_softcap < math.inf:
+        raise ValueError(f"logit_softcap must be a positive number or None, got {logit_softcap!r}")
+
+
+def _check_temperature(temperature: float, sample: bool) -> None:
+    if isinstance(temperature, torch.Tensor) or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a number >= 0, got {temperature!r}")
+    if temperature == 0 and not sample:
+        raise ValueError("temperature must be > 0 unless sample=True (0 means greedy sampling), got 0")
+
+
+def _check_target(
+    target: torch.Tensor,  # [...]
+    x: torch.Tensor,  # [..., D]
+    V: int,
+    ignore_index: int,
+) -> None:
+    if target.dtype not in (torch.int64, torch.int32) or target.shape != x.shape[:-1]:
+        raise ValueError(
+            f"target must be an int64 or int32 tensor {list(x.shape[:-1])}, the leading shape of x, "
+            f"got {_described(target)}"
+        )
+    _check_device("target", target, x)
+    if torch.compiler.is_compiling():  # values are not known while tracing
+        return
+    wrong = (target != ignore_index) & ((target < 0) | (target >= V))
+    if wrong.any():
+        raise ValueError(
+            f"target must be in [0, {V}) or ignore_index = {ignore_index}, got {target[wrong][0].item()}"
+        )
+
+
+def _check_seed(
+    seed: int | torch.Tensor | None,  # [...] when a tensor
+    x: torch.Tensor,  # [..., D]
+) -> None:
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64 or seed.shape != x.shape[:-1]:
+            raise ValueError(
+                f"seed must be an int or an int64 tensor {list(x.shape[:-1])}, the leading shape of x, "
+                f"got {_described(seed)}"
+            )
+        _check_device("seed", seed, x)
+    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ValueError(f"seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
+
+
+def _check_row_weight(
+    row_weight: torch.Tensor,  # [...]
+    x: torch.Tensor,  # [..., D]
+) -> None:
+    if not row_weight.is_floating_point() or row_weight.shape != x.shape[:-1]:
+        raise ValueError(
+            f"row_weight must be a floating-point tensor {list(x.shape[:-1])}, the leading shape of x, "
+            f"got {_described(row_weight)}"
+        )
+    if row_weight.requires_grad:
+        raise ValueError(
+            "row_weight must not require a gradient (it is a constant here): "
+            "use reduction='none' and multiply the losses yourself"
+        )
+    _check_device("row_weight", row_weight, x)
+
+
+def _check_device(name: str, tensor: torch.Tensor, x: torch.Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
