@@ -27,7 +27,7 @@ from refine.method.step import RefineStepOutput, next_token_targets, refine_step
 from refine.models import load_model, new_model
 from refine.models.head import NextTokenLoss
 from refine.training import checkpoint
-from refine.training.data import Batch, DataConfig, DataError, TokenStream
+from refine.training.data import Batch, DataConfig, DataError, held_out_stream, training_stream
 from refine.training.plots import draw_plots
 from refine.training.settings import SettingsError, TrainSettings, parse_settings, to_yaml
 from refine.training.tracking import Tracker, write_samples
@@ -68,12 +68,11 @@ def train(settings: TrainSettings) -> Path:
     device = _device(settings)
     model, tokenizer = load_parts(settings, resume[0] if resume else None)
     model.to(device)
-    stream = TokenStream(_data_config(settings), tokenizer, batch_size=settings.per_device_train_batch_size)
-    held_out = list(
-        islice(
-            TokenStream(_data_config(settings), tokenizer, batch_size=1, split="held_out"), settings.eval_samples
-        )
-    )
+    data = _data_config(settings)
+    stream = training_stream(data, tokenizer)
+    held_out = []
+    if settings.eval_samples:
+        held_out = list(islice(held_out_stream(data, tokenizer).batches(1), settings.eval_samples))
 
     optimizer = _optimizer(model, settings)
     schedule = get_scheduler(
@@ -120,7 +119,7 @@ def train(settings: TrainSettings) -> Path:
     if held_out and not resume:
         before = evaluate()
         tracker.log(0, before)
-    batches = iter(stream)
+    batches = stream.batches(settings.per_device_train_batch_size)
     model.train()
     with stop_requests() as stop, tqdm(
         total=settings.max_steps, initial=counters["step"], desc=settings.phase, unit="update", disable=None

@@ -1,11 +1,11 @@
 """From documents to batches of token sequences, in an order that a seed decides and a position resumes.
 
-A stream visits the units of its source in a drawn order, tokenises document by document, cuts windows of at most
-``max_length`` tokens, and shuffles them in blocks. Its position is where a block begins and how much of the block
-was taken, so that resuming reads one block again and nothing else.
+A stream visits the units of its source in a drawn order, tokenises document by document, cuts windows of at
+most ``max_length`` tokens, and shuffles them in blocks. Its position is where a block begins and how much of
+the block was taken, so that resuming reads one block again and nothing else.
 
-What is wrong with the data is said when a stream is made, before any training. Where documents come from stands in
-``sources.py``. Nothing is known here of models, or of what a window is good for.
+What is wrong with the data is said when a stream is made, before any training. Where documents come from
+stands in ``sources.py``. Nothing is known here of models, or of what a window is good for.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class _NothingLeft(DataError):
     """The source holds no window for this split."""
 
 
-# --- One source: its windows, document by document, from any place on ------------------------------------------------
+# --- One source: its windows, document by document, from any place on
 
 
 class _Place(NamedTuple):
@@ -123,7 +123,7 @@ class _Place(NamedTuple):
 
 
 class _Reader:
-    """The windows of the documents of ``source`` that ``keep`` (document, whether it is the source's first)."""
+    """The windows of a source; ``keep`` (a document, is it the source's first?) tells those of the split."""
 
     def __init__(
         self,
@@ -137,10 +137,12 @@ class _Reader:
         self._config = config
         self._keep = keep
 
-    def read(self, start: _Place, counts: DataCounts, *, endless: bool) -> Iterator[tuple[Example, _Place]]:
-        """Windows from ``start`` on, each with the place behind it."""
-        epoch, first_unit, first_row, first_window = start
-        for epoch in itertools.count(epoch) if endless else range(epoch, 1):
+    def read(
+        self, start: _Place, counts: DataCounts, *, endless: bool
+    ) -> Iterator[tuple[Example | None, _Place]]:
+        """Windows from ``start`` on, each with the place behind it; None where an epoch ends."""
+        first_epoch, first_unit, first_row, first_window = start
+        for epoch in itertools.count(first_epoch) if endless else range(first_epoch, 1):
             counted = counts if epoch == 0 else DataCounts()
             for place, unit in self._order(epoch, first_unit):
                 for row, document in enumerate(self.source.rows(unit, first_row), first_row):
@@ -150,16 +152,18 @@ class _Reader:
                     first_window = 0
                 first_row = first_window = 0
             first_unit = first_row = first_window = 0
+            yield None, _Place(epoch + 1)
 
     def check(self) -> None:
         """Fail unless there is at least one window."""
         counts = DataCounts()
-        if next(self.read(_Place(), counts, endless=False), None) is not None:
+        example, _ = next(self.read(_Place(), counts, endless=False))
+        if example is not None:
             return
         if counts.short_documents:
             raise _NothingLeft(
-                f"no document of {self.source.name} is long enough: the longest of {counts.short_documents} has "
-                f"{counts.longest_short} tokens, and min_length is {self._config.min_length}"
+                f"no document of {self.source.name} is long enough: the longest of {counts.short_documents} "
+                f"has {counts.longest_short} tokens, and min_length is {self._config.min_length}"
             )
         if counts.bad_rows:
             raise _NothingLeft(f"none of the {counts.bad_rows} rows of {self.source.name} holds a text")
@@ -201,16 +205,16 @@ class _Reader:
             yield Example(key, ids[begin : begin + length])
 
 
-# --- The stream: one or two sources, shuffled, shared among ranks, batched -------------------------------------------
+# --- The stream: one or two sources, shuffled, shared among ranks, batched
 
 
 class DataStream:
     """Batches of windows: without end in training, once through for held-out text.
 
-    All ranks read the same sequence of windows and rank r takes every ``world_size``-th, so the sequence does not
-    depend on their number, and a position saved by one rank serves any number of them. The price is that each rank
-    tokenises everything. Held-out windows that do not fill the last round are made up with the first ones, so that
-    every rank gets the same number of batches; equal ``keys`` tell.
+    All ranks read the same sequence of windows and each takes every ``world_size``-th, so the sequence does
+    not depend on their number, and a position saved by one rank serves any number of them. The price is that
+    each rank tokenises everything. Where the held-out windows do not fill the last round, the first ones
+    are given again, so that every rank gets the same number of batches; equal ``keys`` tell.
     """
 
     def __init__(
@@ -230,16 +234,15 @@ class DataStream:
         for reader in readers:
             reader.check()
         self.pad_id = pad_id
-        self.counts = DataCounts()  # of what was read so far: up to one block ahead of what was taken
         self._readers = readers
         self._config = config
         self._endless = endless
         self._rank, self._world_size = rank, world_size
-        self._go_to([_Place()] * len(readers), before=0, taken=0, counts=DataCounts())
+        self._go_to([_Place()] * len(readers))
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Batches of ``batch_size`` windows of this rank. Training goes on from the position; held-out text begins
-        anew, and its last batch may be smaller."""
+        """Batches of ``batch_size`` windows of this rank. Training goes on from the position; held-out text
+        begins anew, and its last batch may be smaller."""
         if batch_size < 1:
             raise DataError(f"batch_size is {batch_size}; allowed: 1 or more")
         examples = self.examples()
@@ -249,7 +252,7 @@ class DataStream:
     def examples(self) -> Iterator[Example]:
         """The windows of this rank, one by one; see ``batches``."""
         if not self._endless:
-            self._go_to([_Place()] * len(self._readers), before=0, taken=0, counts=DataCounts())
+            self._go_to([_Place()] * len(self._readers))
         refill: list[Example] = []
         while block := self._current_block():
             if not self._endless:
@@ -260,21 +263,20 @@ class DataStream:
                 if number % self._world_size == self._rank:
                     yield example
             self._finish_block()
-        for number in range(self._before, -(-self._before // self._world_size) * self._world_size):
+        last_round = -(-self._before // self._world_size) * self._world_size
+        for number in range(self._before, last_round):
             if number % self._world_size == self._rank:
                 yield refill[(number - self._before) % len(refill)]
 
     def state_dict(self) -> dict[str, Any]:
         """The position, for JSON: what ``batches`` would give next, on every rank."""
-        behind = self._before + self._taken
-        rounded = (
-            -(-behind // self._world_size) * self._world_size
-        )  # the other ranks take theirs of this round
+        # a round that this rank has taken from is taken by all
+        rounds = -(-(self._before + self._taken) // self._world_size)
         return {
             "settings": self._settings(),
             "places": [list(place) for place in self._block_start],
             "before": self._before,
-            "taken": rounded - self._before,
+            "taken": rounds * self._world_size - self._before,
             "counts": asdict(self._counts_at_start),
         }
 
@@ -299,14 +301,17 @@ class DataStream:
             "max_length": config.max_length,
             "min_length": config.min_length,
             "shuffle_buffer": config.shuffle_buffer,
-            "eval_fraction": config.eval_fraction,
+            "eval_fraction": config.eval_fraction if config.eval_dataset_name_or_path is None else 0,
             "recall_weight": config.recall_weight,
             "seed": config.seed,
         }
 
-    def _go_to(self, places: list[_Place], before: int, taken: int, counts: DataCounts) -> None:
-        self.counts = counts
+    def _go_to(
+        self, places: list[_Place], before: int = 0, taken: int = 0, counts: DataCounts | None = None
+    ) -> None:
+        self.counts = counts = counts or DataCounts()  # up to one block ahead of what was taken
         self._places = places  # behind the last window that was read
+        self._block_start, self._counts_at_start = list(places), replace(counts)
         self._before = before  # windows in the blocks before this one
         self._taken = taken  # windows of this block that were taken, by any rank
         self._block: list[Example] | None = None
@@ -315,11 +320,21 @@ class DataStream:
         ]
 
     def _current_block(self) -> list[Example]:
-        """The shuffled block, read now if it has not been; empty at the end."""
+        """The shuffled block, read now if it has not been; empty at the end. It ends where an epoch does, so that
+        no window comes twice before all have come once."""
         if self._block is None:
-            self._block_start, self._counts_at_start = list(self._places), replace(self.counts)
-            numbers = range(self._before, self._before + self._config.shuffle_buffer)
-            self._block = [example for example in map(self._read_one, numbers) if example is not None]
+            self._block = []
+            ends = 0
+            while len(self._block) < self._config.shuffle_buffer:
+                example = self._read_one(self._before + len(self._block))
+                if example is not None:
+                    self._block.append(example)
+                elif self._block or not self._endless:
+                    break
+                elif (ends := ends + 1) > 1:
+                    raise DataError(
+                        f"nothing is left of {self._readers[0].source.name}: it changed meanwhile"
+                    )
             if self._config.shuffle_buffer > 1:
                 random.Random(f"block/{self._config.seed}/{self._before}").shuffle(self._block)
         return self._block
@@ -335,6 +350,7 @@ class DataStream:
         self._before += len(self._block)
         self._taken -= len(self._block)
         self._block = None
+        self._block_start, self._counts_at_start = list(self._places), replace(self.counts)
 
 
 def collate(examples: list[Example], pad_id: int) -> Batch:
@@ -349,7 +365,7 @@ def collate(examples: list[Example], pad_id: int) -> Batch:
     return Batch(input_ids, attention_mask, torch.tensor([example.key for example in examples]))
 
 
-# --- The two streams of a run ----------------------------------------------------------------------------------------
+# --- The two streams of a run
 
 
 def training_stream(
@@ -375,11 +391,11 @@ def training_stream(
 def held_out_stream(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, rank: int = 0, world_size: int = 1
 ) -> DataStream | None:
-    """The text to measure on, never trained on: ``eval_dataset_name_or_path``; else what is held out of the training
-    source. None where nothing is: ``eval_fraction`` is 0, or the source too small for its hash to choose a document.
+    """The text to measure on, never trained on: ``eval_dataset_name_or_path``; else what is held out of the
+    training source. None where nothing is: ``eval_fraction`` is 0, or no document's hash falls below it.
 
-    The default text has its own held-out documents, which serve "default+recall" too; "recall" has 64 of its own.
-    The windows and their order do not depend on ``seed``.
+    The default text has its own held-out documents, which serve "default+recall" too; "recall" has 64 of its
+    own. The windows and their order do not depend on ``seed``.
     """
     encode, pad_id = _encoder(tokenizer)
     config = replace(config, seed=0)
@@ -423,7 +439,7 @@ def _keep_all(document: Document, is_first: bool) -> bool:
 
 
 def _is_held_out(document: Document, is_first: bool, config: DataConfig) -> bool:
-    """The split of a user's documents; the first one always trains, so that one document is enough for a run."""
+    """The split of a user's documents; the first one always trains, so that one is enough."""
     return not is_first and stable_hash(f"split/{document.name}") < config.eval_fraction * 2**64
 
 
@@ -432,8 +448,8 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[str], np.nda
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad_id is None:
         raise DataError(
-            f"the tokenizer {tokenizer.name_or_path!r} has neither a pad_token nor an eos_token; one of them must "
-            f"be named in its tokenizer_config.json"
+            f"the tokenizer {tokenizer.name_or_path!r} has neither a pad_token nor an eos_token; "
+            f"name one of them in its tokenizer_config.json"
         )
     end = tokenizer.eos_token_id
 
@@ -449,6 +465,6 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[str], np.nda
 
 
 def _recall_chars(encode: Callable[[str], np.ndarray], max_length: int) -> int:
-    """Characters of a recall document that fills most of a window: its questions must not lie in another one."""
+    """Characters of a recall document that fills most of a window, so that its questions are in it."""
     sample = [recall_document(0, index).text for index in range(8)]
     return int(0.85 * max_length * sum(map(len, sample)) / sum(len(encode(text)) for text in sample))

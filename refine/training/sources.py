@@ -1,9 +1,9 @@
 """Where documents come from: the default text, generated recall, local files, a Hugging Face dataset.
 
-A source is a list of units that can be opened at will (a document, a row group, a stretch of a file), and a unit
-gives its rows in an order that never changes. A row is a document, or a note on why it could not be read. Nothing
-is read whole: the larger a file, the more units. Opening a source finds its text column and says in one sentence
-what is wrong with it. Nothing is known here of tokens, of splits or of the order in which units are visited.
+A source is a list of units that can be opened at will (a document, a row group, a stretch of a file), and a
+unit gives its rows in an order that never changes. A row is a document, or a note on why it cannot be read.
+Nothing is read whole: the larger a file, the more units. Opening a source finds its text column, and says in
+one sentence what is wrong with it. Nothing is known here of tokens, of splits or of the order of the units.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from refine.training.default_text import Document, default_document, default_names
 from refine.training.recall import recall_document
 
 _STRETCH = 1 << 18  # bytes of a .jsonl or .txt file that are one unit; of a .txt file, also one document
 _SAMPLE = 16  # rows that are looked at to find the text column
-_HELD_OUT_RECALL = 64  # documents: in training, recall is endless
+_HELD_OUT_RECALL = 64
 _INSTALL = "pip install 'refine-fast-weights[data]'"
 
 
@@ -30,57 +30,97 @@ class DataError(ValueError):
 
 
 class BadRow(NamedTuple):
+    """A row that is left out; ``describe`` says where it stands and why."""
+
     describe: Callable[[], str]
 
 
 class Source(Protocol):
+    """Rows in units, the same at every reading."""
+
     name: str
     units: int | None  # None: endless
 
-    def documents(self, unit: int, start: int) -> Iterator[Document | BadRow]:
+    def rows(self, unit: int, start: int) -> Iterator[Document | BadRow]:
         """The rows of a unit from number ``start`` on."""
         ...
 
 
+def open_source(
+    value: str,
+    *,
+    setting: str = "dataset_name_or_path",
+    text_column: str | None = None,
+    dataset_config: str | None = None,
+    dataset_split: str = "train",
+) -> Source:
+    """The local file, the folder (with its subfolders) or the hub dataset that ``value`` names."""
+    path = Path(value).expanduser()
+    allowed = ", ".join(_FILES)
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("[!.]*")) if file.suffix.lower() in _FILES]
+        files = [file for file in files if file.is_file() and file.stat().st_size]
+        if not files:
+            raise DataError(f"{setting} is {value!r}, a folder without a data file in it; allowed: {allowed}")
+        names = [file.relative_to(path).as_posix() for file in files]
+        return Folder(value, [_open_file(file, name, text_column) for file, name in zip(files, names)])
+    suffix = path.suffix.lower()
+    if path.exists():
+        if suffix not in _FILES:
+            raise DataError(
+                f"{setting} is {value!r}, a file of an unknown kind; allowed: {allowed}, or a folder of these"
+            )
+        if not path.stat().st_size:
+            raise DataError(f"{setting} is {value!r}, an empty file")
+        return _open_file(path, path.name, text_column)
+    if suffix in {*_FILES, ".json", ".csv", ".gz", ".zst"} or value[:1] in "./~" or value.count("/") > 1:
+        raise DataError(f"{setting} is {value!r}, but there is no such file or folder")
+    return HubDataset(value, setting, text_column, dataset_config, dataset_split)
+
+
 class DefaultText:
+    """The default corpus: a unit is a document."""
+
     def __init__(self, split: str):
         self.name = "the default text"
         self._names = default_names(split)
         self.units = len(self._names)
 
-    def documents(self, unit: int, start: int) -> Iterator[Document]:
+    def rows(self, unit: int, start: int) -> Iterator[Document]:
         if start == 0:
             yield default_document(self._names[unit])
 
 
 class RecallText:
-    def __init__(self, seed: int, split: str, target_chars: int):
-        self.name = "recall"
-        self.units = None if split == "train" else _HELD_OUT_RECALL
-        self._arguments = seed, split, target_chars
+    """Recall documents of about ``target_chars`` characters, one a unit: endless in training, 64 held out."""
 
-    def documents(self, unit: int, start: int) -> Iterator[Document]:
-        seed, split, target_chars = self._arguments
+    def __init__(self, seed: int, split: str, target_chars: int):
+        self.name = "the recall documents"
+        self.units = None if split == "train" else _HELD_OUT_RECALL
+        self._seed, self._split, self._target_chars = seed, split, target_chars
+
+    def rows(self, unit: int, start: int) -> Iterator[Document]:
         if start == 0:
-            yield recall_document(seed, unit, target_chars, split)
+            yield recall_document(self._seed, unit, self._target_chars, self._split)
 
 
 class TextFile:
-    """A ``.txt`` file, in stretches of 256 KiB that end at a line's end; each stretch is a document."""
+    """A ``.txt`` file, in stretches of 256 KiB that end at a line's end: each is a unit and a document."""
 
-    def __init__(self, path: Path, name: str, requested: str | None):
-        if requested is not None:
-            raise DataError(f"text_column is {requested!r}, but {path} is plain text and has no columns")
+    def __init__(self, path: Path, name: str, text_column: str | None):
+        del text_column  # plain text has none
         self._path, self.name = path, name
         self.units = -(-path.stat().st_size // _STRETCH)
 
-    def documents(self, unit: int, start: int) -> Iterator[Document | BadRow]:
+    def rows(self, unit: int, start: int) -> Iterator[Document | BadRow]:
         if start:
             return
         with self._path.open("rb") as file:
-            begin, end = self._boundary(file, unit * _STRETCH), self._boundary(file, (unit + 1) * _STRETCH)
+            begin, end = _boundary(file, unit * _STRETCH), _boundary(file, (unit + 1) * _STRETCH)
             file.seek(begin)
             data = file.read(end - begin)
+        if not data:  # the last line begins in the stretch before
+            return
         try:
             text = data.decode("utf-8-sig" if begin == 0 else "utf-8")
         except UnicodeDecodeError as error:
@@ -89,46 +129,46 @@ class TextFile:
         else:
             yield Document(f"{self.name}@{begin}", text)
 
-    @staticmethod
-    def _boundary(file: Any, place: int) -> int:
-        """The first line that begins at ``place`` or soon after it, else the first character."""
-        if place == 0:
-            return 0
-        file.seek(place - 1)
-        ahead = file.read(4096)
-        line_end = ahead.find(b"\n")
-        if line_end >= 0:
-            return place + line_end
-        rest = ahead[1:]
-        inside = next(
-            (i for i, byte in enumerate(rest) if byte & 0xC0 != 0x80), len(rest)
-        )  # a character's middle
-        return place + inside
+
+def _boundary(file: BinaryIO, place: int) -> int:
+    """Where the first line begins at ``place`` or soon after it; in a longer line, the first character."""
+    if place == 0:
+        return 0
+    file.seek(place - 1)
+    before, ahead = file.read(1), file.read(4096)
+    if before == b"\n":
+        return place
+    line_end = ahead.find(b"\n")
+    if line_end >= 0:
+        return place + line_end + 1
+    inside = (number for number, byte in enumerate(ahead) if byte & 0xC0 != 0x80)  # not amid a character
+    return place + next(inside, 0)
 
 
 class JsonLines:
-    """A ``.jsonl`` file: a row belongs to the 256 KiB stretch in which its line begins."""
+    """A ``.jsonl`` file in units of 256 KiB: a row belongs to the unit in which its line begins."""
 
-    def __init__(self, path: Path, name: str, requested: str | None):
+    def __init__(self, path: Path, name: str, text_column: str | None):
         self._path, self.name = path, name
         self.units = -(-path.stat().st_size // _STRETCH)
-        rows, first_fault = [], None
-        for line in itertools.chain.from_iterable(map(self._lines, range(self.units))):
-            row = self._parse(*line)
-            if isinstance(row, dict):
-                rows.append(row)
+        rows: list[dict] = []
+        fault: BadRow | None = None
+        for offset, line in itertools.chain.from_iterable(map(self._lines, range(self.units))):
+            row = self._parse(offset, line)
+            if isinstance(row, BadRow):
+                fault = fault or row
             else:
-                first_fault = first_fault or row
+                rows.append(row)
             if len(rows) == _SAMPLE:
                 break
         if not rows:
             reason = (
-                f"no row could be read; the first: {first_fault.describe()}" if first_fault else "it is empty"
+                f"no row can be read; the first: {fault.describe()}" if fault else "there is no row in it"
             )
             raise DataError(f"nothing to read in {path}: {reason}")
-        self._column = _choose_column(requested, rows, str(path))
+        self._column = _choose_column(text_column, rows, str(path))
 
-    def documents(self, unit: int, start: int) -> Iterator[Document | BadRow]:
+    def rows(self, unit: int, start: int) -> Iterator[Document | BadRow]:
         for offset, line in itertools.islice(self._lines(unit), start, None):
             row = self._parse(offset, line)
             if isinstance(row, BadRow):
@@ -139,6 +179,7 @@ class JsonLines:
                 yield self._fault(offset, f"no text in column {self._column!r}")
 
     def _lines(self, unit: int) -> Iterator[tuple[int, bytes]]:
+        """(where it begins, line) of every line of the unit that is not blank."""
         with self._path.open("rb") as file:
             if unit:
                 file.seek(unit * _STRETCH - 1)
@@ -151,7 +192,7 @@ class JsonLines:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            return self._fault(offset, f"not JSON ({error})")
+            return self._fault(offset, f"not JSON ({getattr(error, 'msg', error)})")
         return row if isinstance(row, dict) else self._fault(offset, "not a JSON object")
 
     def _fault(self, offset: int, reason: str) -> BadRow:
@@ -166,36 +207,26 @@ class JsonLines:
 class Parquet:
     """A ``.parquet`` file: a unit is a row group, read page by page."""
 
-    def __init__(self, path: Path, name: str, requested: str | None):
+    def __init__(self, path: Path, name: str, text_column: str | None):
         self._path, self.name = path, name
         with self._opened() as file:
-            import pyarrow.types as types
-
             self.units = file.metadata.num_row_groups
             sizes = (file.metadata.row_group(unit).num_rows for unit in range(self.units))
             self._first_row = list(itertools.accumulate(sizes, initial=0))
             if not self._first_row[-1]:
-                raise DataError(f"nothing to read in {path}: it has no rows")
-            of_text = [
-                f.name for f in file.schema_arrow if types.is_string(f.type) or types.is_large_string(f.type)
-            ]
-            sample = next(file.iter_batches(_SAMPLE, columns=of_text)).to_pylist() if of_text else []
-            others = {f.name: None for f in file.schema_arrow}
-        self._column = _choose_column(requested, [others | row for row in sample] or [others], str(path))
+                raise DataError(f"nothing to read in {path}: there is no row in it")
+            columns = {column.name: None for column in file.schema_arrow}
+            of_text = [column.name for column in file.schema_arrow if "string" in str(column.type)]
+            batch = next(file.iter_batches(_SAMPLE, columns=of_text)) if of_text else None
+            rows = [columns | row for row in batch.to_pylist()] if batch else [columns]
+        self._column = _choose_column(text_column, rows, str(path))
 
-    def documents(self, unit: int, start: int) -> Iterator[Document | BadRow]:
-        number = self._first_row[unit] + start
+    def rows(self, unit: int, start: int) -> Iterator[Document | BadRow]:
+        first = self._first_row[unit] + start
         with self._opened() as file:
             batches = file.iter_batches(_SAMPLE, row_groups=[unit], columns=[self._column])
-            values = (value for batch in batches for value in batch.column(0))
-            for number, value in enumerate(itertools.islice(values, start, None), number):
-                text = value.as_py()
-                if isinstance(text, str):
-                    yield Document(f"{self.name}#{number}", text)
-                else:
-                    yield BadRow(
-                        lambda row=number: f"{self._path}, row {row}: no text in column {self._column!r}"
-                    )
+            values = (value.as_py() for batch in batches for value in batch.column(0))
+            yield from _texts(itertools.islice(values, start, None), first, self.name, self._column)
 
     @contextmanager
     def _opened(self) -> Iterator[Any]:
@@ -203,29 +234,28 @@ class Parquet:
             import pyarrow
             import pyarrow.parquet
         except ImportError as error:
-            raise DataError(f"reading {self._path} needs the extra 'data': {_INSTALL}") from error
+            raise DataError(f"reading {self._path} needs the extra 'data' ({_INSTALL})") from error
         try:
             with pyarrow.parquet.ParquetFile(self._path) as file:
                 yield file
         except (pyarrow.ArrowException, OSError) as error:
-            reason = str(error).strip().split("\n")[0]
             raise DataError(
-                f"{self._path} is not a whole Parquet file, perhaps cut short: {reason}"
+                f"{self._path} is not a whole Parquet file, perhaps cut short: {_first_line(error)}"
             ) from error
 
 
-class Files:
+class Folder:
     """Several files one after the other."""
 
     def __init__(self, name: str, files: list[Source]):
         self.name = name
         self._files = files
-        self._first_unit = list(itertools.accumulate((file.units or 0 for file in files), initial=0))
+        self._first_unit = list(itertools.accumulate((file.units for file in files), initial=0))
         self.units = self._first_unit[-1]
 
-    def documents(self, unit: int, start: int) -> Iterator[Document | BadRow]:
+    def rows(self, unit: int, start: int) -> Iterator[Document | BadRow]:
         number = bisect_right(self._first_unit, unit) - 1
-        return self._files[number].documents(unit - self._first_unit[number], start)
+        return self._files[number].rows(unit - self._first_unit[number], start)
 
 
 class HubDataset:
@@ -233,88 +263,75 @@ class HubDataset:
 
     units = 1
 
-    def __init__(self, setting: str, config: DataConfig, name: str):
+    def __init__(
+        self, name: str, setting: str, text_column: str | None, dataset_config: str | None, dataset_split: str
+    ):
+        self.name = name
         try:
             import datasets
         except ImportError as error:
-            reason = (
-                f"{setting} is {name!r}, which is no local path; Hugging Face datasets need the extra 'data'"
-            )
-            raise DataError(f"{reason}: {_INSTALL}") from error
-        self.name = name
-        try:
-            self._rows = datasets.load_dataset(
-                name, config.dataset_config, split=config.dataset_split, streaming=True
-            )
-            sample = list(self._rows.take(_SAMPLE))
-        except Exception as error:  # the library raises of every kind
-            reason = str(error).strip().split("\n")[0]
             raise DataError(
-                f"{setting} is {name!r}: no such local path, and no dataset of that name could be loaded "
-                f"({type(error).__name__}: {reason})"
+                f"{setting} is {name!r}: no such local path, and Hugging Face datasets need the extra 'data' "
+                f"({_INSTALL})"
+            ) from error
+        try:
+            self._rows = datasets.load_dataset(name, dataset_config, split=dataset_split, streaming=True)
+            sample = list(self._rows.take(_SAMPLE))
+        except Exception as error:  # the library raises errors of every kind
+            raise DataError(
+                f"{setting} is {name!r}: no such local path, and no dataset of that name can be loaded "
+                f"({type(error).__name__}: {_first_line(error)})"
             ) from error
         if not sample:
-            raise DataError(f"the dataset {name!r} has no rows in its split {config.dataset_split!r}")
-        self._column = _choose_column(config.text_column, sample, f"the dataset {name!r}")
+            raise DataError(f"dataset_split is {dataset_split!r}, which has no row in the dataset {name!r}")
+        self._column = _choose_column(text_column, sample, f"the dataset {name!r}")
 
-    def documents(self, unit: int, start: int) -> Iterator[Document | BadRow]:
-        for number, row in enumerate(self._rows.skip(start), start):
-            if isinstance(row.get(self._column), str):
-                yield Document(f"{self.name}#{number}", row[self._column])
-            else:
-                yield BadRow(lambda row=number: f"{self.name}, row {row}: no text in column {self._column!r}")
+    def rows(self, unit: int, start: int) -> Iterator[Document | BadRow]:
+        values = (row.get(self._column) for row in self._rows.skip(start))
+        yield from _texts(values, start, self.name, self._column)
+
+
+def _texts(values: Iterator[Any], first: int, name: str, column: str) -> Iterator[Document | BadRow]:
+    for number, value in enumerate(values, first):
+        if isinstance(value, str):
+            yield Document(f"{name}#{number}", value)
+        else:
+            yield BadRow(lambda number=number: f"{name}, row {number}: no text in column {column!r}")
 
 
 def _choose_column(requested: str | None, rows: list[dict], where: str) -> str:
-    """The column that was asked for; else "text", the only one of text, or the one with the longest text."""
-    lengths: dict[str, int] = {}
-    for row in rows:
-        for column, value in row.items():
-            if isinstance(value, str):
-                lengths[column] = lengths.get(column, 0) + len(value)
-    there = ", ".join(sorted({column for row in rows for column in row})) or "none"
+    """The column that was asked for; else "text", or the one with the longest text in these rows."""
+    there = sorted({column for row in rows for column in row})
     if requested is not None:
-        if not any(requested in row for row in rows):
+        if requested not in there:
             raise DataError(
-                f"text_column is {requested!r}, but {where} has no such column; those there: {there}"
+                f"text_column is {requested!r}, a column that {where} does not have; those there: "
+                f"{', '.join(there) or 'none'}"
             )
         return requested
+    lengths = {
+        column: sum(len(row[column]) for row in rows if isinstance(row.get(column), str))
+        for column in there
+        if any(isinstance(row.get(column), str) for row in rows)
+    }
     if not lengths:
-        raise DataError(f"no column of {where} holds text; those there: {there}")
-    return "text" if "text" in lengths else max(sorted(lengths), key=lengths.__getitem__)
+        raise DataError(f"no column of {where} holds text; those there: {', '.join(there) or 'none'}")
+    return "text" if "text" in lengths else max(lengths, key=lengths.__getitem__)
 
 
-_READERS: dict[str, Callable[[Path, str, str | None], Source]] = {
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "no reason given")
+
+
+_FILES: dict[str, Callable[[Path, str, str | None], Source]] = {
     ".parquet": Parquet,
     ".jsonl": JsonLines,
     ".txt": TextFile,
 }
 
 
-def _open_source(setting: str, config: DataConfig) -> Source:
-    """The local file or folder, or the hub dataset, that ``setting`` of ``config`` names."""
-    value = getattr(config, setting)
-    path = Path(value).expanduser()
-    allowed = ", ".join(_READERS)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS and file.is_file())
-        files = [file for file in files if file.stat().st_size and not file.name.startswith(".")]
-        if not files:
-            raise DataError(f"{setting} is {value!r}, a folder without a data file in it; allowed: {allowed}")
-        names = [file.relative_to(path).as_posix() for file in files]
-        readers = [
-            _READERS[file.suffix.lower()](file, name, config.text_column) for file, name in zip(files, names)
-        ]
-        return Files(str(value), readers)
-    suffix = path.suffix.lower()
-    if path.exists():
-        if suffix not in _READERS:
-            raise DataError(
-                f"{setting} is {value!r}, a file of an unknown kind; allowed: {allowed}, or a folder"
-            )
-        if not path.stat().st_size:
-            raise DataError(f"{setting} is {value!r}, an empty file")
-        return _READERS[suffix](path, path.name, config.text_column)
-    if suffix in {*_READERS, ".json", ".csv", ".gz", ".zst"} or value[:1] in "./~" or value.count("/") > 1:
-        raise DataError(f"{setting} is {value!r}, but there is no such file or folder")
-    return HubDataset(setting, config, value)
+def _open_file(path: Path, name: str, text_column: str | None) -> Source:
+    try:
+        return _FILES[path.suffix.lower()](path, name, text_column)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {_first_line(error)}") from error

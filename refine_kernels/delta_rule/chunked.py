@@ -35,7 +35,7 @@ import torch
 
 from refine_kernels.delta_rule.reference import L2_NORM_EPS
 
-CHUNK = 64  # tokens of a chunk; a sequence's last chunk is as long as what is left
+CHUNK = 32  # tokens of a chunk; a sequence's last chunk is as long as what is left
 SEGMENT_BLOCKS = 64  # [C, C] blocks worked on at a time: chunks * batch * heads
 
 

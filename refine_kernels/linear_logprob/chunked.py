@@ -34,7 +34,7 @@ from refine_kernels.linear_logprob.philox import gumbel
 CHUNK_BYTES = 16 << 20
 MIN_CHUNK_ROWS = 128
 # Rows per block of row arithmetic: two of these, logits and shifted logits, fit the second-level cache.
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Rows(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """dL/d(logprob), dL/d(entropy), dL/d(lse) of each row ``[N]``, and the entropies where the second is there."""
+    """dL/d(logprob), dL/d(entropy), dL/d(lse) of each row, and the entropies where the second is there. ``[N]``"""
 
     logprob: torch.Tensor
     entropy: torch.Tensor | None

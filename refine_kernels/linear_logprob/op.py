@@ -215,7 +215,7 @@ def _linear_logprob_backward(
     bias: torch.Tensor | None,  # [V]
     target: torch.Tensor | None,  # [N]
     entropy: torch.Tensor | None,  # [N]
-    grad_logprob: torch.Tensor,  # [N]
+    grad_logprob: torch.Tensor | None,  # [N]
     grad_entropy: torch.Tensor | None,  # [N]
     grad_lse: torch.Tensor | None,  # [N]
     temperature: float,
@@ -226,6 +226,8 @@ def _linear_logprob_backward(
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx ``[N, D]``, dW ``[V, D]``, db ``[V]`` in the dtypes of x, weight and bias; ``[0]`` where not needed."""
+    if grad_logprob is None:
+        grad_logprob = x.new_zeros(x.shape[0], dtype=chunked.accumulation_dtype(x, weight))
     with torch.autocast(x.device.type, enabled=False):
         gradients = chunked.backward(
             x,
@@ -251,26 +253,21 @@ def _(x, weight, bias, target, entropy, grad_logprob, grad_entropy, grad_lse, te
 
 
 def _linear_logprob_setup(ctx, inputs, output):
-    x, weight, bias, target, _, temperature, softcap, ignore_index, need_entropy, _, sample = inputs
+    x, weight, bias, target, _, temperature, softcap, ignore_index, need_entropy, need_lse, sample = inputs
     _, entropy, _, token = output
     y = token if target is None and sample else target
     ctx.save_for_backward(x, weight, bias, y, entropy if need_entropy else None)
+    ctx.asked = (y is not None, need_entropy, need_lse)
     ctx.settings = (temperature, softcap, ignore_index)
     ctx.set_materialize_grads(False)
 
 
 def _linear_logprob_gradients(ctx, grad_logprob, grad_entropy, grad_lse, _):
     x, weight, bias, y, entropy = ctx.saved_tensors
-    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    if grad_logprob is None or y is None:
-        grad_logprob = x.new_zeros(x.shape[0], dtype=chunked.accumulation_dtype(x, weight))
-    if entropy is None:
-        grad_entropy = None
-    dx, dw, db = _linear_logprob_backward(
-        x, weight, bias, y, entropy, grad_logprob, grad_entropy, grad_lse,
-        *ctx.settings, need_x, need_weight, need_bias,
-    )  # fmt: skip
-    return dx if need_x else None, dw if need_weight else None, db if need_bias else None, *[None] * 8
+    upstream = (g if asked else None for g, asked in zip((grad_logprob, grad_entropy, grad_lse), ctx.asked))
+    needs = ctx.needs_input_grad[:3]
+    gradients = _linear_logprob_backward(x, weight, bias, y, entropy, *upstream, *ctx.settings, *needs)
+    return *(g if need else None for g, need in zip(gradients, needs)), *[None] * 8
 
 
 _linear_logprob.register_autograd(_linear_logprob_gradients, setup_context=_linear_logprob_setup)
