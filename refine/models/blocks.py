@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
             from fla.modules.layernorm import rms_norm
 
             return rms_norm(x, self.weight, None, eps=self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class GatedRMSNorm(RMSNorm):

@@ -320,8 +320,8 @@ class DataStream:
         ]
 
     def _current_block(self) -> list[Example]:
-        """The shuffled block, read now if it has not been; empty at the end. It ends where an epoch does, so that
-        no window comes twice before all have come once."""
+        """The shuffled block, read now if it has not been; empty at the end. It ends where an epoch does, so
+        that no window comes twice before all have come once."""
         if self._block is None:
             self._block = []
             ends = 0

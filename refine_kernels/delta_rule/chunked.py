@@ -2,322 +2,437 @@
 
 One head, one chunk of C tokens, S the state [K, V] before it. With ``G`` the running sum of ``g`` inside the
 chunk (0 without decay) and ``D_ij = exp(G_i - G_j)`` for ``i >= j``, the C sequential updates are one
-triangular system (the WY form), because every ``u_i`` depends on earlier ones through inner products alone:
+triangular system (the WY form), because each ``u_i`` meets the earlier ones in inner products alone:
 
-    L = strictly_lower(D * K K^T)          P = lower(D * scale Q K^T)       [C, C]
-    M = (I + diag(beta) L)^-1              unit lower triangular            [C, C]
-    R = V - e^G K S                        what S does not say about K      [C, V]
-    U = M diag(beta) R                     the writes                       [C, V]
-    O = e^G scale Q S + P U                                                 [C, V]
-    S' = e^G_C S + (e^(G_C - G) K)^T U                                      [K, V]
+    L = strictly_lower(D * K K^T)        P = lower(D * scale Q K^T)         [C, C]
+    M = (I + diag(beta) L)^-1            unit lower triangular              [C, C]
+    R = V - e^G K S                      what S does not yet say about K    [C, V]
+    U = M diag(beta) R                   the writes                         [C, V]
+    O = e^G scale Q S + P U              the reads                          [C, V]
+    S' = e^G_C S + (e^(G_C - G) K)^T U   the state after                    [K, V]
 
-Only ``R -> U -> S'`` is sequential over chunks. Everything else runs over all chunks of a segment (some tens
-of [C, C] blocks, so that the working set stays in the cache) as one batched product.
+Only ``R -> U -> S'`` runs chunk after chunk. All else runs over the chunks of a segment (64 blocks, so that
+what is worked on stays in the cache) as one batched product.
 
-Backward, with ``dO`` and ``dS'`` given; the chunk's M, P, U, S are computed again from the inputs:
+Backward, given ``dO`` and ``dS'``; M, P, U and S are computed again from the inputs:
 
-    dU = P^T dO + e^(G_C - G) K dS'        dR = M^T dU                      sequential, from the last chunk
-    dS = e^G_C dS' + (e^G scale Q)^T dO - (e^G K)^T (beta dR)
-    dV = beta dR      dP = dO U^T      dA = -dR U^T   (A = diag(beta) L)
-    dbeta = rowsum(dR * R) + rowsum(dA * L)
-    dQ/scale = e^G dO S^T + (D * dP) K
-    dK = -e^G beta dR S^T + e^(G_C - G) U dS'^T + (E + E^T) K + (D * dP)^T scale Q,   E = beta D * dA
-    dG from the same products: every factor e^G, e^(G_C - G), D and e^G_C returns <gradient, value>
+    dU = P^T dO + e^(G_C - G) K dS'      dR' = M^T dU                       from the last chunk to the first
+    dS = e^G_C dS' + (scale Q)^T e^G dO - K^T e^G beta dR'
+    dV = beta dR'        dP = dO U^T        dA = -dR' U^T                   A = diag(beta) L, R' = diag(beta) R
+    dbeta = rowsum(dR' * R) + rowsum(dA * L)
+    dQ / scale = e^G dO S^T + (D * dP) K
+    dK = -e^G beta dR' S^T + e^(G_C - G) U dS'^T + (E + E^T) K + (D * dP)^T scale Q      E = beta D * dA
+    dG: every factor e^G, e^(G_C - G), D, e^G_C above contributes <its gradient, its value>
 
-Kept between forward and backward: the inputs, and one state for every segment but the first.
+Queries and keys lie stacked, ``X = [scale Q; K]``, and so do the gradients of what they read from S and from
+one another: each line above that names both is one product.
+
+Kept from forward to backward: the inputs, and the state before every segment but a sequence's first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from refine_kernels.delta_rule.reference import L2_NORM_EPS
 
-CHUNK = 32  # tokens of a chunk; a sequence's last chunk is as long as what is left
-SEGMENT_BLOCKS = 64  # [C, C] blocks worked on at a time: chunks * batch * heads
+CHUNK = 32  # tokens of a chunk; what is left at a sequence's end is a shorter chunk of its own
+SEGMENT_BLOCKS = 64  # blocks (chunks * rows * heads) worked on at a time
+
+
+def forward(
+    q: torch.Tensor,  # [B, T, H, K]
+    k: torch.Tensor,  # [B, T, H, K]
+    v: torch.Tensor,  # [B, T, H, V]
+    beta: torch.Tensor,  # [B, T, H]
+    g: torch.Tensor | None,  # [B, T, H]
+    initial_state: torch.Tensor | None,  # [N, H, K, V]
+    cu_seqlens: torch.Tensor | None,  # [N + 1]
+    scale: float,
+    l2norm: bool,
+    output_final_state: bool,
+    state_stride: int,
+    for_backward: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(o, final_state, states, checkpoints)``; what is not asked for has length 0 (``state_stride`` 0: no states).
+
+    Returns:
+        o: [B, T, H, V] in q's dtype.
+        final_state: [N, H, K, V]; states: [N, ceil(longest / state_stride), H, K, V].
+        checkpoints: [checkpoint_count, B, H, K, V], the states that ``backward`` starts its segments from.
+    """
+    (b, _, h, kd), vd = q.shape, v.shape[-1]
+    sequences = _sequences(q, cu_seqlens)
+    o = q.new_empty(v.shape)
+    new_states = q.new_empty(0, dtype=_compute_dtype(q)).new_zeros
+    most = -(-max(end - begin for begin, end, _ in sequences) // state_stride) if state_stride else 0
+    states = new_states(b if cu_seqlens is None else len(sequences), most, h, kd, vd)
+    checkpoints = new_states(checkpoint_count(q, cu_seqlens) if for_backward else 0, b, h, kd, vd)
+    unused = iter(checkpoints)
+
+    finals = []
+    for begin, end, owner in sequences:
+        state = new_states(b * h, kd, vd) if initial_state is None else _state_of(initial_state, owner, q)
+        for start, n, c in _segments(begin, end, b * h):
+            if for_backward and start > begin:
+                next(unused).copy_(state.view(b, h, kd, vd))
+            tokens = slice(start, start + n * c)
+            seg = _prepare(*(x if x is None else x[:, tokens] for x in (q, k, v, beta, g)), c, scale, l2norm)
+            want_after = output_final_state or tokens.stop < end
+            _, u, before, state = _scan(seg, state, n, want_after)
+            out = torch.bmm(seg.p, u)
+            out.baddbmm_(seg.q if g is None else seg.q * seg.from_start, before)
+            _store(out, o[:, tokens], c)
+            first, step, at = _boundaries(start - begin, n, state_stride)
+            if first < n:
+                found = before.view(n, b, h, kd, vd)[first::step].transpose(0, 1)
+                states[owner, at : at + found.shape[1]] = found
+        finals.append(state)
+    if not output_final_state:
+        final_state = new_states(0, h, kd, vd)
+    else:
+        final_state = (finals[0] if len(finals) == 1 else torch.cat(finals)).view(-1, h, kd, vd)
+    return o, final_state, states, checkpoints
+
+
+def backward(
+    q: torch.Tensor,  # [B, T, H, K]
+    k: torch.Tensor,  # [B, T, H, K]
+    v: torch.Tensor,  # [B, T, H, V]
+    beta: torch.Tensor,  # [B, T, H]
+    g: torch.Tensor | None,  # [B, T, H]
+    initial_state: torch.Tensor | None,  # [N, H, K, V]
+    cu_seqlens: torch.Tensor | None,  # [N + 1]
+    checkpoints: torch.Tensor,  # [checkpoint_count, B, H, K, V]
+    d_o: torch.Tensor | None,  # [B, T, H, V]
+    d_final: torch.Tensor | None,  # [N, H, K, V]
+    d_states: torch.Tensor | None,  # [N, ceil(longest / state_stride), H, K, V]
+    scale: float,
+    l2norm: bool,
+    state_stride: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v, beta, g (length 0 without g) and of the initial state [N, H, K, V]."""
+    (b, _, h, kd), vd = q.shape, v.shape[-1]
+    dq, dk, dv, dbeta = (x.new_empty(x.shape) for x in (q, k, v, beta))
+    dg = q.new_empty(0) if g is None else g.new_empty(g.shape)
+    if d_o is None:
+        d_o = q.new_zeros(()).expand(v.shape)
+    new_zeros = q.new_empty(0, dtype=_compute_dtype(q)).new_zeros
+
+    kept, d_initial = 0, []
+    for begin, end, owner in _sequences(q, cu_seqlens):
+        initial = new_zeros(b * h, kd, vd) if initial_state is None else _state_of(initial_state, owner, q)
+        d_state = None if d_final is None else _state_of(d_final, owner, q)
+        segments = list(_segments(begin, end, b * h))
+        starts = [initial, *checkpoints[kept : kept + len(segments) - 1].view(-1, b * h, kd, vd)]
+        kept += max(len(segments) - 1, 0)
+        for (start, n, c), state in zip(reversed(segments), reversed(starts[: len(segments)])):
+            tokens = slice(start, start + n * c)
+            seg = _prepare(*(x if x is None else x[:, tokens] for x in (q, k, v, beta, g)), c, scale, l2norm)
+            d_before: list[torch.Tensor | None] = [None] * n  # what arrives at the state before each chunk
+            if d_states is not None:
+                first, step, at = _boundaries(start - begin, n, state_stride)
+                for j, i in enumerate(range(first, n, step)):
+                    d_before[i] = _state_of(d_states[:, at + j], owner, q)
+            d_x, d_v, d_beta, d_decay, d_state = _gradients(seg, state, d_o[:, tokens], d_state, d_before)
+            if l2norm:
+                _through_norm(d_x, seg, scale)
+            _store(d_x[:, :c].mul_(scale), dq[:, tokens], c)
+            _store(d_x[:, c:], dk[:, tokens], c)
+            _store(d_v, dv[:, tokens], c)
+            _store(d_beta, dbeta[:, tokens], c)
+            if g is not None:
+                _store(d_decay.flip(1).cumsum(1).flip(1), dg[:, tokens], c)
+        d_initial.append(torch.zeros_like(initial) if d_state is None else d_state)
+    d_initial = d_initial[0] if len(d_initial) == 1 else torch.cat(d_initial)
+    return dq, dk, dv, dbeta, dg, d_initial.view(-1, h, kd, vd)
 
 
 def checkpoint_count(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:  # [B, T, H, K], [N + 1]
-    """Room for the states that ``forward`` keeps for ``backward``: one for every segment but a sequence's first.
-    For packed sequences a bound that needs no look at the data: each can add one short segment."""
+    """Room for the states that ``forward`` keeps: exact for whole rows; for packed sequences a bound that needs no
+    look at the data (each of them can add one short segment)."""
+    tokens, blocks = q.shape[1], q.shape[0] * q.shape[2]
     if cu_seqlens is None:
-        return len(_segments(q)) - 1
-    return min((q.shape[1] - 1) // (CHUNK * _chunks_per_segment(q)) + cu_seqlens.shape[0] - 1, q.shape[1] // CHUNK)
-
-
-def _chunks_per_segment(q: torch.Tensor) -> int:  # q [B, T, H, K]
-    return max(1, SEGMENT_BLOCKS // max(1, q.shape[0] * q.shape[2]))
-
-
-def _segments(q: torch.Tensor) -> list[tuple[int, int, int]]:  # q [B, T, H, K]
-    """``(first token, chunks, tokens of a chunk)`` of every segment, in order; the rest of a chunk stands alone."""
-    tokens, most = q.shape[1], _chunks_per_segment(q)
-    whole = tokens // CHUNK
-    segments = [(i * CHUNK, min(most, whole - i), CHUNK) for i in range(0, whole, most)]
-    if tokens % CHUNK:
-        segments.append((whole * CHUNK, 1, tokens % CHUNK))
-    return segments
-
-
-def _sequences(cu_seqlens: torch.Tensor | None) -> list[tuple[slice, slice, slice]]:
-    """``(rows of the batch, tokens, rows of the states)``: one entry for a whole batch, or one a packed sequence."""
-    if cu_seqlens is None:
-        return [(slice(None), slice(None), slice(None))]
-    bounds = cu_seqlens.tolist()
-    return [(slice(0, 1), slice(a, b), slice(n, n + 1)) for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:]))]
+        return len(list(_segments(0, tokens, blocks))) - 1
+    return min((tokens - 1) // (CHUNK * _longest(blocks)) + cu_seqlens.shape[0] - 1, (tokens - 1) // CHUNK)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Between [B, T, H, ...] and chunks: blocks of [C, ...], ordered (chunk, row of the batch, head)
+# What lies where: sequences, segments, chunks
 
 
-def _chunk_view(x: torch.Tensor, c: int) -> torch.Tensor:  # [B, n * C, H, ...] -> [n, B, H, C, ...], a view
-    x = x.unflatten(1, (-1, c)).movedim(1, 0)
-    return x.transpose(2, 3)
+def _sequences(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[tuple[int, int, slice]]:
+    """``(first token, end, its rows of the states)``: all rows at once, or one packed sequence after the other."""
+    if cu_seqlens is None:
+        return [(0, q.shape[1], slice(None))]
+    bounds = cu_seqlens.tolist()
+    return [(begin, end, slice(n, n + 1)) for n, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:]))]
 
 
-def _load(x: torch.Tensor, c: int, out: torch.Tensor) -> torch.Tensor:  # [B, n*C, H, ...] -> out [n*B*H, C, ...]
-    view = _chunk_view(x, c)
-    out.view(view.shape).copy_(view) if out.is_contiguous() else out.unflatten(0, view.shape[:3]).copy_(view)
+def _longest(blocks: int) -> int:
+    """The most chunks of a segment, for ``blocks`` = rows * heads."""
+    return max(1, SEGMENT_BLOCKS // max(1, blocks))
+
+
+def _segments(begin: int, end: int, blocks: int) -> Iterator[tuple[int, int, int]]:
+    """``(first token, chunks, tokens of a chunk)`` of each segment; tokens that fill no chunk come last."""
+    most = _longest(blocks)
+    whole = (end - begin) // CHUNK
+    for i in range(0, whole, most):
+        yield begin + i * CHUNK, min(most, whole - i), CHUNK
+    if begin + whole * CHUNK < end:
+        yield begin + whole * CHUNK, 1, end - begin - whole * CHUNK
+
+
+def _boundaries(token: int, n: int, state_stride: int) -> tuple[int, int, int]:
+    """``(first, step, at)``: before chunks first, first + step, ... of the n that start at ``token`` of a sequence
+    lie its states at, at + 1, ...; ``first >= n`` where there is none."""
+    if not state_stride:
+        return n, 1, 0
+    return -token % state_stride // CHUNK, state_stride // CHUNK, -(-token // state_stride)
+
+
+def _compute_dtype(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _state_of(states: torch.Tensor, owner: slice, q: torch.Tensor) -> torch.Tensor:  # [N, H, K, V] -> [B * H, K, V]
+    return states[owner].to(_compute_dtype(q)).reshape(-1, *states.shape[-2:])
+
+
+def _by_chunk(x: torch.Tensor, c: int) -> torch.Tensor:  # [B, n * C, H, ...] -> [n, B, H, C, ...], a view
+    b, t, h, *rest = x.shape
+    return x.view(b, t // c, c, h, *rest).permute(1, 0, 3, 2, *range(4, x.dim() + 1))
+
+
+def _load(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:  # [B, n * C, H, ...] -> out [n * B * H, C, ...]
+    view = _by_chunk(x, out.shape[1])
+    out.view(view.shape).copy_(view)
     return out
+
+
+def _store(x: torch.Tensor, out: torch.Tensor, c: int) -> None:  # [n * B * H, C, ...] -> out [B, n * C, H, ...]
+    view = _by_chunk(out, c)
+    view.copy_(x.view(view.shape))
+
+
+def _steps(x: torch.Tensor | None, n: int) -> tuple[torch.Tensor | None, ...]:  # [n * r, ...] -> n of [r, ...]
+    return (None,) * n if x is None else x.view(n, -1, *x.shape[1:]).unbind(0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The mathematics of one segment: m = chunks * B * H blocks
 
 
 @dataclass
 class _Segment:
-    """What a segment's chunks are, apart from any state. ``m = chunks * batch * heads`` blocks."""
+    """What the chunks of a segment are, apart from any state."""
 
-    x: torch.Tensor  # [m, 2C, K]   scale * q over k
+    x: torch.Tensor  # [m, 2C, K]  scale Q over K
     v: torch.Tensor  # [m, C, V]
     beta: torch.Tensor  # [m, C, 1]
-    mask: torch.Tensor  # [m or 1, 2C, C]   D over strictly_lower(D); 0 and 1 without decay
-    pl: torch.Tensor  # [m, 2C, C]   P over L
-    inverse: torch.Tensor  # [m, C, C]   M
-    from_start: torch.Tensor | None  # [m, C, 1]   e^G
-    to_end: torch.Tensor | None  # [m, C, 1]   e^(G_C - G)
-    whole: torch.Tensor | None  # [m, 1, 1]   e^G_C
-    norms: torch.Tensor | None  # [m, 2C, 1]   1 / |row of x| before normalising
-    k_read: torch.Tensor  # [m, C, K]   e^G K
-    k_write: torch.Tensor  # [m, C, K]   e^(G_C - G) K
+    decay: torch.Tensor  # [m or 1, 2C, C]  lower(D) over strictly_lower(D)
+    pairs: torch.Tensor  # [m, 2C, C]  P over L
+    inverse: torch.Tensor  # [m, C, C]  M
+    norms: torch.Tensor | None  # [m, 2C, 1]  what the rows of x were multiplied by, with l2norm
+    from_start: torch.Tensor | None  # [m, C, 1]  e^G
+    to_end: torch.Tensor | None  # [m, C, 1]  e^(G_C - G)
+    through: torch.Tensor | None  # [m, 1, 1]  e^G_C
 
     @property
-    def q(self) -> torch.Tensor:  # [m, C, K]
+    def q(self) -> torch.Tensor:  # [m, C, K]  scale Q
         return self.x[:, : self.v.shape[1]]
 
     @property
     def k(self) -> torch.Tensor:  # [m, C, K]
         return self.x[:, self.v.shape[1] :]
 
+    @property
+    def p(self) -> torch.Tensor:  # [m, C, C]
+        return self.pairs[:, : self.v.shape[1]]
 
-def _prepare(q, k, v, beta, g, scale, l2norm, c, dtype) -> _Segment:
-    (b, t, h, d), m = q.shape, q.shape[0] * q.shape[2] * (q.shape[1] // c)
-    new = lambda *shape: torch.empty(shape, dtype=dtype, device=q.device)  # noqa: E731
-    x = new(m, 2 * c, d)
-    _load(q, c, x[:, :c])
-    _load(k, c, x[:, c:])
-    v = _load(v, c, new(m, c, v.shape[-1]))
-    beta = _load(beta, c, new(m, c)).unsqueeze(-1)
-    norms = None
+    @property
+    def l(self) -> torch.Tensor:  # [m, C, C]
+        return self.pairs[:, self.v.shape[1] :]
+
+
+def _prepare(
+    q: torch.Tensor,  # [B, n * C, H, K]
+    k: torch.Tensor,  # [B, n * C, H, K]
+    v: torch.Tensor,  # [B, n * C, H, V]
+    beta: torch.Tensor,  # [B, n * C, H]
+    g: torch.Tensor | None,  # [B, n * C, H]
+    c: int,
+    scale: float,
+    l2norm: bool,
+) -> _Segment:
+    b, t, h, kd = q.shape
+    m = b * h * (t // c)
+    new = q.new_empty(0, dtype=_compute_dtype(q)).new_empty
+    x, norms = new(m, 2 * c, kd), None
+    _load(q, x[:, :c])
+    _load(k, x[:, c:])
+    v = _load(v, new(m, c, v.shape[-1]))
+    beta = _load(beta, new(m, c)).unsqueeze(-1)
     if l2norm:
         norms = x.square().sum(-1, keepdim=True).add_(L2_NORM_EPS).rsqrt_()
         x *= norms
     x[:, :c] *= scale
-    pl = torch.bmm(x, x[:, c:].transpose(1, 2))
-    from_start = to_end = whole = None
-    k_read = k_write = x[:, c:]
+
+    from_start = to_end = through = None
     if g is None:
-        mask = torch.ones(1, 2 * c, c, dtype=dtype, device=q.device)
-        mask[:, :c].tril_()
-        mask[:, c:].tril_(-1)
+        decay = new(1, 2 * c, c).fill_(1)
+        decay[:, :c].tril_()
+        decay[:, c:].tril_(-1)
     else:
-        total = _load(g, c, new(m, c).double()).cumsum(1)
-        difference = (total[:, :, None] - total[:, None, :]).to(dtype)
-        above = torch.full((c, c), float("-inf"), dtype=dtype, device=q.device).triu_(1)
-        mask = new(m, 2 * c, c)
-        torch.exp(difference + above, out=mask[:, :c])
-        torch.tril(mask[:, :c], -1, out=mask[:, c:])
-        from_start = total.to(dtype).exp().unsqueeze(-1)
-        to_end = (total[:, -1:] - total).to(dtype).exp().unsqueeze(-1)
-        whole = from_start[:, -1:]
-        k_read = x[:, c:] * from_start
-        k_write = x[:, c:] * to_end
-    pl *= mask
-    eye = torch.eye(c, dtype=dtype, device=q.device).expand(m, c, c)
-    inverse = torch.linalg.solve_triangular(pl[:, c:] * beta, eye, upper=False, unitriangular=True)
-    return _Segment(x, v, beta, mask, pl, inverse, from_start, to_end, whole, norms, k_read, k_write)
+        # Differences of sums in float64: after one strong decay, float32 sums no longer resolve weak ones. Above
+        # the diagonal they may overflow exp, which tril then drops.
+        total = _load(g, new(m, c, dtype=torch.float64)).clamp_(min=-1e4).cumsum(1)
+        between = (total.unsqueeze(2) - total.unsqueeze(1)).to(x.dtype).exp_()
+        decay = new(m, 2 * c, c)
+        torch.tril(between, out=decay[:, :c])
+        torch.tril(between, -1, out=decay[:, c:])
+        from_start = total.exp().to(x.dtype).unsqueeze(-1)
+        to_end = (total[:, -1:] - total).exp().to(x.dtype).unsqueeze(-1)
+        through = from_start[:, -1:]
+
+    pairs = torch.bmm(x, x[:, c:].transpose(1, 2)).mul_(decay)
+    eye = torch.eye(c, dtype=x.dtype, device=x.device).expand(m, c, c)
+    inverse = torch.linalg.solve_triangular(pairs[:, c:] * beta, eye, upper=False, unitriangular=True)
+    return _Segment(x, v, beta, decay, pairs, inverse, norms, from_start, to_end, through)
 
 
-def _scan(seg: _Segment, state: torch.Tensor, n: int):
-    """Through the segment's chunks: R [m, C, V], U [m, C, V], the states before each [m, K, V], the state after."""
-    r = state.shape[0]
-    before = state if n == 1 else state.new_empty(n * r, *state.shape[1:])
+def _scan(
+    seg: _Segment,
+    state: torch.Tensor,  # [B * H, K, V]
+    n: int,
+    want_after: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Through the n chunks: R [m, C, V], U [m, C, V], the state before each chunk [m, K, V], the state after all
+    [B * H, K, V] (``state`` itself unless wanted). R takes the place of ``seg.v``."""
+    r, u = seg.v, torch.empty_like(seg.v)
+    before = state if n == 1 else state.new_empty(n, *state.shape)
+    slots = (None,)
     if n > 1:
-        before[:r] = state
-    rest, writes = seg.v, torch.empty_like(seg.v)  # R takes the place of V
+        before[0] = state
+        slots = (*before[1:].unbind(0), None)
+    k_read = seg.k if seg.from_start is None else seg.k * seg.from_start
+    k_write = seg.k if seg.to_end is None else seg.k * seg.to_end
     solve = seg.inverse * seg.beta.transpose(1, 2)
-    for i in range(n):
-        block = slice(i * r, (i + 1) * r)
-        rest[block].baddbmm_(seg.k_read[block], state, alpha=-1)
-        torch.bmm(solve[block], rest[block], out=writes[block])
-        if seg.whole is not None:
-            state = state * seg.whole[block]
-        last = i + 1 == n
-        out = {} if last else {"out": before[(i + 1) * r : (i + 2) * r]}
-        state = torch.baddbmm(state, seg.k_write[block].transpose(1, 2), writes[block], **out)
-    return rest, writes, before, state
+    chunks = zip(
+        *(_steps(a, n) for a in (r, u, solve, k_read, k_write.transpose(1, 2), seg.through)), slots, strict=True
+    )
+    for r_i, u_i, solve_i, k_read_i, k_write_i, through_i, slot in chunks:
+        r_i.baddbmm_(k_read_i, state, alpha=-1)
+        torch.bmm(solve_i, r_i, out=u_i)
+        if slot is not None or want_after:
+            state = _advance(state, through_i, k_write_i, u_i, slot)
+    return r, u, before.view(-1, *state.shape[1:]), state
 
 
-def forward(q, k, v, beta, g, scale, initial_state, cu_seqlens, state_stride, l2norm, keep):
-    """``(o, final_state, states, checkpoints)``; the last two are empty unless asked for."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    (b, t, h, kd), vd = q.shape, v.shape[-1]
-    spans = _sequences(cu_seqlens)
-    n_seq = b if cu_seqlens is None else len(spans)
-    o = torch.empty(v.shape, dtype=q.dtype, device=q.device)
-    final = torch.empty(n_seq, h, kd, vd, dtype=dtype, device=q.device)
-    most = 0
-    if state_stride:
-        longest = t if cu_seqlens is None else max(s.stop - s.start for _, s, _ in spans)
-        most = -(-longest // state_stride)
-    states = final.new_zeros(n_seq, most, h, kd, vd)
-    checkpoints = final.new_zeros(checkpoint_count(q, cu_seqlens) if keep else 0, b, h, kd, vd)
-    kept = 0
-    for rows, tokens, owner in spans:
-        qs, ks, vs, bs, gs = (None if x is None else x[:, tokens] for x in (q, k, v, beta, g))
-        rb = qs.shape[0]
-        if initial_state is None:
-            state = final.new_zeros(rb * h, kd, vd)
+def _advance(
+    state: torch.Tensor,  # [B * H, K, V]
+    through: torch.Tensor | None,  # [B * H, 1, 1]
+    a: torch.Tensor,  # [B * H, K, C]
+    b: torch.Tensor,  # [B * H, C, V]
+    out: torch.Tensor | None,  # [B * H, K, V]
+) -> torch.Tensor:
+    """``through * state + a b``, into ``out`` or a new tensor; ``state`` is not written."""
+    if through is not None:
+        return torch.mul(state, through, out=out).baddbmm_(a, b)
+    return torch.baddbmm(state, a, b) if out is None else torch.baddbmm(state, a, b, out=out)
+
+
+def _gradients(
+    seg: _Segment,
+    state: torch.Tensor,  # [B * H, K, V] before the segment
+    d_o: torch.Tensor,  # [B, n * C, H, V]
+    d_state: torch.Tensor | None,  # [B * H, K, V] of the state after the segment; None for zero
+    d_before: list[torch.Tensor | None],  # n of [B * H, K, V], to be added before each chunk
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Gradients of x [m, 2C, K], v [m, C, V], beta [m, C], G [m, C] and the state before the segment."""
+    n, (m, c, vd) = len(d_before), seg.v.shape
+    r, u, before, _ = _scan(seg, state, n, want_after=False)
+    d_read = u.new_empty(m, 2 * c, vd)  # of what x reads from the state: e^G dO over -e^G beta dR'
+    d_out = _load(d_o, torch.empty_like(u) if seg.from_start is not None else d_read[:, :c])
+    k_write, minus = seg.k, seg.beta.neg()
+    if seg.from_start is not None:
+        torch.mul(d_out, seg.from_start, out=d_read[:, :c])
+        k_write = seg.k * seg.to_end
+        minus *= seg.from_start
+
+    # From the last chunk to the first: dU, dR', dS.
+    d_u = torch.bmm(seg.p.transpose(1, 2), d_out)
+    d_r = torch.empty_like(d_u)
+    slots: tuple[torch.Tensor | None, ...] = (None,)
+    after = d_state  # the gradient of the state after each chunk; None: a lone chunk, nothing arrives
+    if n > 1:
+        after = state.new_empty(n, *state.shape)
+        slots = (None, *after[:-1].unbind(0))
+        if d_state is None:
+            d_state = after[-1].zero_()
         else:
-            state = initial_state[owner].to(dtype).reshape(rb * h, kd, vd)
-        for start, n, c in _segments(qs):
-            part = slice(start, start + n * c)
-            if start and keep:
-                checkpoints[kept] = state.view(rb, h, kd, vd)
-                kept += 1
-            seg = _prepare(
-                qs[:, part], ks[:, part], vs[:, part], bs[:, part], None if gs is None else gs[:, part],
-                scale, l2norm, c, dtype,
-            )  # fmt: skip
-            _, writes, before, state = _scan(seg, state, n)
-            out = torch.bmm(seg.pl[:, :c], writes)
-            if seg.from_start is not None:
-                seg.q.mul_(seg.from_start)
-            out.baddbmm_(seg.q, before)
-            _chunk_view(o[rows, tokens][:, part], c).copy_(out.view(n, rb, h, c, vd))
-            if state_stride:
-                first = -start % state_stride // CHUNK
-                step = state_stride // CHUNK
-                if first < n:
-                    at = before.view(n, rb, h, kd, vd)[first::step]
-                    j = (start + first * CHUNK) // state_stride
-                    states[owner, j : j + at.shape[0]] = at.transpose(0, 1)
-        final[owner] = state.view(rb, h, kd, vd)
-    return o, final, states, checkpoints
-
-
-def backward(q, k, v, beta, g, scale, initial_state, cu_seqlens, state_stride, l2norm, checkpoints, do, dfinal, dstates):
-    """Gradients of q, k, v, beta, g (empty without g) and the initial state."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    (b, t, h, kd), vd = q.shape, v.shape[-1]
-    spans = _sequences(cu_seqlens)
-    n_seq = b if cu_seqlens is None else len(spans)
-    dq, dk, dv, dbeta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, beta))
-    dg = torch.empty(g.shape if g is not None else (0,), dtype=g.dtype if g is not None else dtype, device=q.device)
-    dinitial = torch.empty(n_seq, h, kd, vd, dtype=dtype, device=q.device)
-    if do is None:
-        do = q.new_zeros(()).expand(v.shape)
-    kept = 0
-    for rows, tokens, owner in spans:
-        qs, ks, vs, bs, gs, dos = (None if x is None else x[:, tokens] for x in (q, k, v, beta, g, do))
-        rb = qs.shape[0]
-        if initial_state is None:
-            initial = dinitial.new_zeros(rb * h, kd, vd)
+            after[-1] = d_state
+    chunks = zip(
+        *(
+            _steps(a, n)
+            for a in (d_u, d_r, d_read, seg.inverse.transpose(1, 2), minus, k_write, seg.x.transpose(1, 2), seg.through)
+        ),
+        d_before,
+        slots,
+        strict=True,
+    )
+    for d_u_i, d_r_i, d_read_i, inverse_i, minus_i, k_write_i, x_i, through_i, extra, slot in reversed(list(chunks)):
+        if d_state is not None:
+            d_u_i.baddbmm_(k_write_i, d_state)
+        torch.bmm(inverse_i, d_u_i, out=d_r_i)
+        torch.mul(d_r_i, minus_i, out=d_read_i[:, c:])
+        if d_state is None:
+            d_state = torch.bmm(x_i, d_read_i)
         else:
-            initial = initial_state[owner].to(dtype).reshape(rb * h, kd, vd)
-        if dfinal is None:
-            dstate = dinitial.new_zeros(rb * h, kd, vd)
-        else:
-            dstate = dfinal[owner].to(dtype).reshape(rb * h, kd, vd)
-        segments = _segments(qs)
-        first_kept = kept
-        kept += max(len(segments) - 1, 0)
-        for i_seg, (start, n, c) in reversed(list(enumerate(segments))):
-            part = slice(start, start + n * c)
-            state = checkpoints[first_kept + i_seg - 1].view(rb * h, kd, vd) if i_seg else initial
-            seg = _prepare(
-                qs[:, part], ks[:, part], vs[:, part], bs[:, part], None if gs is None else gs[:, part],
-                scale, l2norm, c, dtype,
-            )  # fmt: skip
-            r, m = rb * h, n * rb * h
-            rest, u, before, after = _scan(seg, state, n)
-            # [w dO; -w dR]
-            both = before.new_empty(m, 2 * c, vd)
-            d_out = _load(dos[:, part], c, both[:, :c])
-            if g is not None:
-                d_out = d_out.clone()
-                both[:, :c] *= seg.from_start
-            du = torch.bmm(seg.pl[:, :c].transpose(1, 2), d_out)
-            dr = torch.empty_like(du)
-            d_after = before.new_empty(n + 1, r, kd, vd)
-            d_after[n] = dstate
-            back = seg.inverse.transpose(1, 2)
-            weight = seg.beta if g is None else seg.beta * seg.from_start
-            minus = -weight
-            for i in reversed(range(n)):
-                block = slice(i * r, (i + 1) * r)
-                du[block].baddbmm_(seg.k_write[block], d_after[i + 1])
-                torch.bmm(back[block], du[block], out=dr[block])
-                torch.mul(dr[block], minus[block], out=both[block, c:])
-                if g is None:
-                    base = d_after[i + 1]
-                else:
-                    base = d_after[i + 1] * seg.whole[block]
-                torch.baddbmm(base, seg.x[block].transpose(1, 2), both[block], out=d_after[i])
-                token = start + i * c
-                if state_stride and dstates is not None and token % state_stride == 0:
-                    d_after[i].view(rb, h, kd, vd).add_(dstates[owner, token // state_stride])
-            dstate = d_after[0]
-            d_end = d_after[1:].view(m, kd, vd)
+            d_state = _advance(d_state, through_i, x_i, d_read_i, slot)
+        if extra is not None:
+            d_state += extra
 
-            dx = torch.bmm(both, before.transpose(1, 2))
-            dG = None
-            if g is not None:
-                rows_dot = (dx * seg.x).sum(-1)
-                dG = rows_dot[:, :c] + rows_dot[:, c:]
-            pairs = before.new_empty(m, 2 * c, c)
-            d_p = torch.bmm(d_out, u.transpose(1, 2))
-            d_a = torch.bmm(dr, u.transpose(1, 2)).neg_()
-            lower = d_a * seg.pl[:, c:]
-            d_beta = (dr * rest).sum(-1) + lower.sum(-1)
-            if g is not None:
-                lower *= seg.beta
-                lower += (d_p * seg.pl[:, :c]).tril_(-1)
-                dG += lower.sum(-1)
-                dG -= lower.sum(-2)
-            torch.mul(d_p, seg.mask[:, :c], out=pairs[:, :c])
-            torch.mul(d_a, seg.mask[:, c:], out=pairs[:, c:])
-            pairs[:, c:] *= seg.beta
-            dx.baddbmm_(pairs, seg.k)
-            dkey = torch.bmm(u, d_end.transpose(1, 2))
-            if g is not None:
-                dkey *= seg.to_end
-                dot = (dkey * seg.k).sum(-1)
-                dG -= dot
-                dG[:, -1] += dot.sum(-1)
-                dG[:, -1] += (d_end * before).sum((-1, -2)) * seg.whole.view(m)
-                dgs = dG.flip(-1).cumsum(-1).flip(-1)
-                _chunk_view(dg[rows, tokens][:, part], c).copy_(dgs.view(n, rb, h, c))
-            dkey.baddbmm_(pairs.transpose(1, 2), seg.x)
-            dx[:, c:] += dkey
-            if l2norm:
-                xn = seg.x
-                xn[:, :c] *= 1 / scale
-                dx -= xn * (dx * xn).sum(-1, keepdim=True)
-                dx *= seg.norms
-            torch.mul(dx.view(n, rb, h, 2 * c, kd)[..., :c, :], scale, out=_chunk_view(dq[rows, tokens][:, part], c))
-            _chunk_view(dk[rows, tokens][:, part], c).copy_(dx.view(n, rb, h, 2 * c, kd)[..., c:, :])
-            torch.mul(dr.view(n, rb, h, c, vd), seg.beta.view(n, rb, h, c, 1), out=_chunk_view(dv[rows, tokens][:, part], c))
-            _chunk_view(dbeta[rows, tokens][:, part], c).copy_(d_beta.view(n, rb, h, c))
-        dinitial[owner] = dstate.view(rb, h, kd, vd)
-    return dq, dk, dv, dbeta, dg, dinitial
+    # All chunks at once: through the state ...
+    d_x = torch.bmm(d_read, before.transpose(1, 2))
+    d_decay = None
+    if seg.from_start is not None:
+        d_decay = (d_x * seg.x).sum(-1).view(m, 2, c).sum(1)
+    d_k = None
+    if after is not None:
+        after = after.view(before.shape)
+        d_k = torch.bmm(u, after.transpose(1, 2))
+        if seg.to_end is not None:
+            d_k *= seg.to_end
+            written = (d_k * seg.k).sum(-1)
+            d_decay -= written
+            d_decay[:, -1] += written.sum(-1) + (after * before).sum((-1, -2)) * seg.through.view(m)
+
+    # ... and through the pairs.
+    d_p = torch.bmm(d_out, u.transpose(1, 2))
+    d_a = torch.bmm(d_r, u.transpose(1, 2)).neg_()
+    weighted = d_a * seg.l
+    d_beta = (d_r * r).sum(-1) + weighted.sum(-1)
+    if d_decay is not None:
+        weighted = weighted.mul_(seg.beta).addcmul_(d_p, seg.p).tril_(-1)
+        d_decay += weighted.sum(2) - weighted.sum(1)
+    d_pairs = torch.empty_like(seg.pairs)  # of X K^T: D * dP over E
+    torch.mul(d_p, seg.decay[:, :c], out=d_pairs[:, :c])
+    torch.mul(d_a, seg.decay[:, c:], out=d_pairs[:, c:]).mul_(seg.beta)
+    d_x.baddbmm_(d_pairs, seg.k)
+    if d_k is None:
+        d_x[:, c:] += torch.bmm(d_pairs.transpose(1, 2), seg.x)
+    else:
+        d_x[:, c:] += d_k.baddbmm_(d_pairs.transpose(1, 2), seg.x)
+    return d_x, d_r.mul_(seg.beta), d_beta, d_decay, d_state
+
+
+def _through_norm(d_x: torch.Tensor, seg: _Segment, scale: float) -> None:  # d_x [m, 2C, K], in place
+    """Of x = norms * raw: d_raw = norms * (d_x - x <x, d_x>), the query rows without their scale."""
+    unit = seg.x
+    seg.q.div_(scale)
+    d_x.sub_(unit * (d_x * unit).sum(-1, keepdim=True)).mul_(seg.norms)

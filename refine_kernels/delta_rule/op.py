@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -14,6 +15,7 @@ CHUNK_BACKENDS = ("reference", *IMPLEMENTATIONS)
 RECURRENT_BACKENDS = ("reference", "torch")
 
 MAX_HEAD_SIZE = 256
+STRIDE_UNIT = 64  # state_stride is a multiple of it, and it of every backend's chunk
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -73,8 +75,8 @@ def chunk_delta_rule(
     """
     q, k, v = _autocast(q, k, v)
     _check_inputs(q, k, v, beta, g)
-    if state_stride is not None and (state_stride <= 0 or state_stride % chunked.CHUNK):
-        raise ValueError(f"state_stride must be a positive multiple of {chunked.CHUNK} or None, got {state_stride}")
+    if state_stride is not None and (state_stride <= 0 or state_stride % STRIDE_UNIT):
+        raise ValueError(f"state_stride must be a positive multiple of {STRIDE_UNIT} or None, got {state_stride}")
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, q)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -85,16 +87,17 @@ def chunk_delta_rule(
     if backend == "reference":
         if cu_seqlens is not None:
             _check_bounds(cu_seqlens, q.shape[1])
-        return reference.chunk_delta_rule(
-            q, k, v, beta, g=g, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
-            state_stride=state_stride, cu_seqlens=cu_seqlens, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-        )  # fmt: skip
+        with _no_autocast(q):
+            return reference.chunk_delta_rule(
+                q, k, v, beta, g=g, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
+                state_stride=state_stride, cu_seqlens=cu_seqlens, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            )  # fmt: skip
     for_backward = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, beta, g, initial_state)
     )
     o, final_state, states, _ = _chunk_op(
-        q, k, v, beta, g, initial_state, cu_seqlens, scale, state_stride or 0, use_qk_l2norm_in_kernel,
-        for_backward, backend,
+        q, k, v, beta, g, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel, output_final_state,
+        state_stride or 0, for_backward, backend,
     )  # fmt: skip
     final_state = final_state if output_final_state else None
     return (o, final_state) if state_stride is None else (o, final_state, states)
@@ -142,14 +145,15 @@ def recurrent_delta_rule(
 
     backend = choose_backend(backend, q, RECURRENT_BACKENDS)
     if backend == "reference":
-        return reference.recurrent_delta_rule(
-            q, k, v, beta, g=g, scale=scale, initial_state=initial_state, state_indices=state_indices,
-            output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-        )  # fmt: skip
+        with _no_autocast(q):
+            return reference.recurrent_delta_rule(
+                q, k, v, beta, g=g, scale=scale, initial_state=initial_state, state_indices=state_indices,
+                output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            )  # fmt: skip
     state = initial_state if state_indices is None else initial_state.index_select(0, state_indices)
     if q.shape[1] == 1 and not torch.is_grad_enabled():
-        o, final_state = recurrent.step(q, k, v, beta, g, state, scale, use_qk_l2norm_in_kernel, output_final_state)
-        return o, final_state
+        with _no_autocast(q):
+            return recurrent.step(q, k, v, beta, g, state, scale, use_qk_l2norm_in_kernel, output_final_state)
     return chunk_delta_rule(
         q, k, v, beta, g=g, scale=scale, initial_state=state, output_final_state=output_final_state,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, backend=backend,
@@ -157,80 +161,86 @@ def recurrent_delta_rule(
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The custom ops. Forward returns (o, final_state, states, checkpoints); checkpoints belong to the backward.
+# The custom ops. Forward returns (o, final_state, states, checkpoints), what is not asked for with length 0;
+# the checkpoints are the backward's own.
 
 
 @torch.library.custom_op("refine_kernels::chunk_delta_rule", mutates_args=())
 def _chunk_op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    beta: torch.Tensor,
-    g: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
+    q: torch.Tensor,  # [B, T, H, K]
+    k: torch.Tensor,  # [B, T, H, K]
+    v: torch.Tensor,  # [B, T, H, V]
+    beta: torch.Tensor,  # [B, T, H]
+    g: torch.Tensor | None,  # [B, T, H]
+    initial_state: torch.Tensor | None,  # [N, H, K, V]
+    cu_seqlens: torch.Tensor | None,  # [N + 1]
     scale: float,
-    state_stride: int,
     l2norm: bool,
+    output_final_state: bool,
+    state_stride: int,
     for_backward: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if cu_seqlens is not None:
         _check_bounds(cu_seqlens, q.shape[1])
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q):
         return IMPLEMENTATIONS[backend].forward(
-            q, k, v, beta, g, scale, initial_state, cu_seqlens, state_stride, l2norm, for_backward
+            q, k, v, beta, g, initial_state, cu_seqlens, scale, l2norm, output_final_state, state_stride, for_backward
         )
 
 
 @_chunk_op.register_fake
-def _(q, k, v, beta, g, initial_state, cu_seqlens, scale, state_stride, l2norm, for_backward, backend):
-    rows, (tokens, heads, kd), vd = q.shape[0], q.shape[1:], v.shape[-1]
-    counted = 0
-    if state_stride and cu_seqlens is None:
-        counted = -(-tokens // state_stride)
-    elif state_stride:
-        counted = torch.library.get_ctx().new_dynamic_size()
+def _(
+    q, k, v, beta, g, initial_state, cu_seqlens,
+    scale, l2norm, output_final_state, state_stride, for_backward, backend,
+):  # fmt: skip
+    (rows, tokens, heads, kd), vd = q.shape, v.shape[-1]
+    counted = -(-tokens // state_stride) if state_stride else 0
     if cu_seqlens is not None:
         rows = cu_seqlens.shape[0] - 1
+        counted = torch.library.get_ctx().new_dynamic_size() if state_stride else 0
     kept = IMPLEMENTATIONS[backend].checkpoint_count(q, cu_seqlens) if for_backward else 0
-    new = lambda *shape: q.new_empty(shape, dtype=_state_dtype(q))  # noqa: E731
+
+    def new_states(*shape: int) -> torch.Tensor:
+        return q.new_empty((*shape, heads, kd, vd), dtype=_state_dtype(q))
+
     return (
         q.new_empty(v.shape),
-        new(rows, heads, kd, vd),
-        new(rows, counted, heads, kd, vd),
-        new(kept, q.shape[0], heads, kd, vd),
+        new_states(rows if output_final_state else 0),
+        new_states(rows, counted),
+        new_states(kept, q.shape[0]),
     )
 
 
 @torch.library.custom_op("refine_kernels::chunk_delta_rule_backward", mutates_args=())
 def _chunk_backward_op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    beta: torch.Tensor,
-    g: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    checkpoints: torch.Tensor,
-    d_o: torch.Tensor | None,
-    d_final: torch.Tensor | None,
-    d_states: torch.Tensor | None,
+    q: torch.Tensor,  # [B, T, H, K]
+    k: torch.Tensor,  # [B, T, H, K]
+    v: torch.Tensor,  # [B, T, H, V]
+    beta: torch.Tensor,  # [B, T, H]
+    g: torch.Tensor | None,  # [B, T, H]
+    initial_state: torch.Tensor | None,  # [N, H, K, V]
+    cu_seqlens: torch.Tensor | None,  # [N + 1]
+    checkpoints: torch.Tensor,  # [checkpoint_count, B, H, K, V]
+    d_o: torch.Tensor | None,  # [B, T, H, V]
+    d_final: torch.Tensor | None,  # [N, H, K, V]
+    d_states: torch.Tensor | None,  # [N, ceil(longest / state_stride), H, K, V]
     scale: float,
-    state_stride: int,
     l2norm: bool,
+    state_stride: int,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q):
         return IMPLEMENTATIONS[backend].backward(
-            q, k, v, beta, g, scale, initial_state, cu_seqlens, state_stride, l2norm, checkpoints,
-            d_o, d_final, d_states,
+            q, k, v, beta, g, initial_state, cu_seqlens, checkpoints, d_o, d_final, d_states,
+            scale, l2norm, state_stride,
         )  # fmt: skip
 
 
 @_chunk_backward_op.register_fake
 def _(
-    q, k, v, beta, g, initial_state, cu_seqlens, checkpoints, d_o, d_final, d_states, scale, state_stride, l2norm, backend
+    q, k, v, beta, g, initial_state, cu_seqlens, checkpoints, d_o, d_final, d_states,
+    scale, l2norm, state_stride, backend,
 ):  # fmt: skip
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return (
@@ -241,22 +251,22 @@ def _(
 
 
 def _remember(ctx, inputs, output):
-    q, k, v, beta, g, initial_state, cu_seqlens, *options = inputs
-    ctx.save_for_backward(q, k, v, beta, g, initial_state, cu_seqlens, output[3])
-    ctx.scale, ctx.state_stride, ctx.l2norm, _, ctx.backend = options
+    *tensors, ctx.scale, ctx.l2norm, ctx.output_final_state, ctx.state_stride, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[3])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, d_o, d_final, d_states, _):
+    *inputs, checkpoints = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
+    d_final = d_final if ctx.output_final_state else None
+    d_states = d_states if ctx.state_stride else None
     if d_o is None and d_final is None and d_states is None:
-        return (None,) * 12
-    dq, dk, dv, dbeta, dg, d_initial = _chunk_backward_op(
-        *ctx.saved_tensors, d_o, d_final, d_states, ctx.scale, ctx.state_stride, ctx.l2norm, ctx.backend
+        return (None,) * 13
+    gradients = _chunk_backward_op(
+        *inputs, checkpoints, d_o, d_final, d_states, ctx.scale, ctx.l2norm, ctx.state_stride, ctx.backend
     )
-    _, _, _, _, g, initial_state, _, _ = ctx.saved_tensors
-    dg = dg if g is not None else None
-    d_initial = d_initial.to(initial_state.dtype) if initial_state is not None else None
-    return dq, dk, dv, dbeta, dg, d_initial, *(None,) * 6
+    gradients = [None if x is None else d_x.to(x.dtype) for x, d_x in zip(inputs, gradients)]
+    return (*gradients, *(None,) * 7)
 
 
 _chunk_op.register_autograd(_differentiate, setup_context=_remember)
@@ -277,6 +287,12 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def _no_autocast(q: torch.Tensor) -> contextlib.AbstractContextManager:
+    """The arithmetic inside an op chooses its own dtypes."""
+    device = q.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _shape(x: torch.Tensor) -> str:

@@ -32,9 +32,9 @@ from refine_kernels.linear_logprob.philox import gumbel
 
 # Rows per product: below about 128 the products lose their speed, above 16 MiB of logits nothing is won.
 CHUNK_BYTES = 16 << 20
-MIN_CHUNK_ROWS = 128
+MIN_CHUNK_ROWS = 256
 # Rows per block of row arithmetic: two of these, logits and shifted logits, fit the second-level cache.
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
