@@ -13,21 +13,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, get_scheduler
+from transformers import get_scheduler
 
 from refine.evaluation.held_out import evaluate_held_out
 from refine.method.step import RefineStepOutput, next_token_targets, refine_step
-from refine.models import load_model, new_model
 from refine.models.head import NextTokenLoss
 from refine.training import checkpoint
-from refine.training.data import Batch, DataConfig, DataError, held_out_stream, training_stream
+from refine.training.data import Batch, DataError, held_out_stream, training_stream
+from refine.training.parts import choose_device, data_config, load_parts
 from refine.training.plots import draw_plots
 from refine.training.settings import SettingsError, TrainSettings, parse_settings, to_yaml
 from refine.training.tracking import Tracker, write_samples
@@ -65,10 +64,10 @@ def train(settings: TrainSettings) -> Path:
     started = time.time()
     output_dir = Path(settings.output_dir)
     resume = _check_output_dir(settings, output_dir)
-    device = _device(settings)
+    device = choose_device(settings)
     model, tokenizer = load_parts(settings, resume[0] if resume else None)
     model.to(device)
-    data = _data_config(settings)
+    data = data_config(settings)
     stream = training_stream(data, tokenizer)
     held_out = []
     if settings.eval_samples:
@@ -121,9 +120,16 @@ def train(settings: TrainSettings) -> Path:
         tracker.log(0, before)
     batches = stream.batches(settings.per_device_train_batch_size)
     model.train()
-    with stop_requests() as stop, tqdm(
-        total=settings.max_steps, initial=counters["step"], desc=settings.phase, unit="update", disable=None
-    ) as bar:
+    with (
+        stop_requests() as stop,
+        tqdm(
+            total=settings.max_steps,
+            initial=counters["step"],
+            desc=settings.phase,
+            unit="update",
+            disable=None,
+        ) as bar,
+    ):
         skipped_in_a_row = 0
         while counters["step"] < settings.max_steps and not stop:
             updates = min(settings.num_mini_batches, settings.max_steps - counters["step"])
@@ -132,7 +138,9 @@ def train(settings: TrainSettings) -> Path:
                 [next(batches).to(device) for _ in range(settings.gradient_accumulation_steps)]
                 for _ in range(updates)
             ]
-            for mini_batch, draws in zip(mini_batches, _draw(model, mini_batches, settings, counters["step"])):
+            for mini_batch, draws in zip(
+                mini_batches, _draw(model, mini_batches, settings, counters["step"])
+            ):
                 began = time.time()
                 metrics, last = _update(model, mini_batch, draws, optimizer, settings, counters["step"])
                 counters["step"] += 1
@@ -158,14 +166,20 @@ def train(settings: TrainSettings) -> Path:
                         f"{skipped_in_a_row} updates in a row had a non-finite loss or gradient "
                         f"(max_skipped_updates); stopped at update {step}, checkpoints in {output_dir} are intact"
                     )
-                if held_out and settings.eval_steps and step % settings.eval_steps == 0 < settings.max_steps - step:
+                if (
+                    held_out
+                    and settings.eval_steps
+                    and step % settings.eval_steps == 0 < settings.max_steps - step
+                ):
                     tracker.log(step, evaluate())
             if settings.save_steps and counters["step"] // settings.save_steps > saved_before:
                 save()
     if stop and counters["step"] < settings.max_steps:
         save()
         tracker.close()
-        print(f"stopped by {stop[0]} after update {counters['step']}; go on with --resume_from_checkpoint auto")
+        print(
+            f"stopped by {stop[0]} after update {counters['step']}; go on with --resume_from_checkpoint auto"
+        )
         return output_dir
 
     after = None
@@ -177,38 +191,6 @@ def train(settings: TrainSettings) -> Path:
     plots = draw_plots(output_dir)
     _report(output_dir, before, after, counters, stream, plots, time.time() - started)
     return output_dir / "final"
-
-
-def load_parts(settings: TrainSettings, resume: Path | None) -> tuple[Any, Any]:
-    """The model and its tokenizer: of the checkpoint resumed, the model named, the type asked for, or the
-    package's own.
-    """
-    if settings.model_type is not None and resume is None:
-        source = settings.tokenizer_name_or_path or packaged_model()
-        tokenizer = _load_tokenizer(source)
-        overrides = {"vocab_size": len(tokenizer)} | _special_tokens(tokenizer) | settings.config_overrides
-        try:
-            model = new_model(settings.model_type, seed=settings.seed, **overrides)
-        except (ValueError, TypeError) as error:
-            raise SettingsError(str(error)) from error
-    else:
-        path = resume or settings.model_name_or_path or packaged_model()
-        try:
-            model = load_model(path, dtype=torch.float32)
-        except ValueError as error:
-            raise SettingsError(str(error)) from error
-        tokenizer = _load_tokenizer(settings.tokenizer_name_or_path or path)
-    if len(tokenizer) > model.config.vocab_size:
-        raise SettingsError(
-            f"the tokenizer has {len(tokenizer)} entries but the model's vocab_size is {model.config.vocab_size}: "
-            "name the tokenizer that belongs to the model (tokenizer_name_or_path)"
-        )
-    return model, tokenizer
-
-
-def packaged_model() -> Path:
-    """The folder of the tiny DeltaNet that comes with this package."""
-    return Path(str(resources.files("refine") / "assets" / "tiny-delta-net"))
 
 
 @contextmanager
@@ -327,20 +309,6 @@ def _precision(settings: TrainSettings, device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16)
 
 
-def _device(settings: TrainSettings) -> torch.device:
-    try:
-        device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(f"device {settings.device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def _data_config(settings: TrainSettings) -> DataConfig:
-    names = {f.name for f in dataclasses.fields(DataConfig)}
-    return DataConfig(**{name: getattr(settings, name) for name in names})
-
-
 def _check_output_dir(settings: TrainSettings, output_dir: Path) -> tuple[Path, dict] | None:
     """What to resume, if anything; a folder with files in it must be named on purpose."""
     resume = checkpoint.find_resume(output_dir, settings.resume_from_checkpoint)
@@ -364,20 +332,6 @@ def _clear(output_dir: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
     for name in ("metrics.jsonl", "config.yaml", "loss.png", "reward.png"):
         (output_dir / name).unlink(missing_ok=True)
-
-
-def _load_tokenizer(source: str | Path):
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"no tokenizer can be loaded from {str(source)!r}: {error}") from error
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _special_tokens(tokenizer) -> dict[str, int | None]:
-    return {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
 
 
 def _show(bar: tqdm, metrics: dict[str, float], counters: dict[str, Any]) -> None:

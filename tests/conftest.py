@@ -21,7 +21,11 @@ def _seeded():
 def golden_dir() -> Path:
     """Outputs of the public implementations; tests that need them are skipped where they are not."""
     root = Path(__file__).resolve().parents[1]
-    for folder in (Path(os.environ.get("REFINE_GOLDEN_DIR", "")), root / "shared" / "golden", root.parent / "shared" / "golden"):
+    for folder in (
+        Path(os.environ.get("REFINE_GOLDEN_DIR", "")),
+        root / "shared" / "golden",
+        root.parent / "shared" / "golden",
+    ):
         if str(folder) != "." and folder.is_dir():
             return folder
     pytest.skip("no golden numbers here: set REFINE_GOLDEN_DIR to their folder")

@@ -15,7 +15,9 @@ def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:
     return float("inf") if not torch.isfinite(error) else error.item()
 
 
-def assert_close(actual: torch.Tensor, reference: torch.Tensor, tolerance: float, name: str = "tensor") -> None:
+def assert_close(
+    actual: torch.Tensor, reference: torch.Tensor, tolerance: float, name: str = "tensor"
+) -> None:
     """Fail unless the relative error is at most ``tolerance``; ``nan`` never passes."""
     error = relative_error(actual, reference)
     assert error <= tolerance, f"{name}: relative error {error:.2e} is over {tolerance:.0e}"

@@ -35,9 +35,7 @@ def sequence_seeds(
 def rollout_seeds(seeds: torch.Tensor, chunks: int, rollouts: int, tokens: int) -> torch.Tensor:
     """[B] -> [B, c, n, k] int64: one seed a sampled token."""
     j, r, t = (torch.arange(size, device=seeds.device) for size in (chunks, rollouts, tokens))
-    return mix_seeds(
-        seeds[:, None, None, None], Stream.TOKEN.value, j[:, None, None], r[:, None], t
-    )
+    return mix_seeds(seeds[:, None, None, None], Stream.TOKEN.value, j[:, None, None], r[:, None], t)
 
 
 def uniform(*counters: int | torch.Tensor) -> torch.Tensor:

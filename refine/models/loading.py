@@ -60,14 +60,18 @@ def load_model(path_or_name: str | Path, **overrides) -> FastWeightForCausalLM:
     config = model_class.config_class.from_dict(keys | overrides)
     loading.setdefault("dtype", "auto")
     loading.setdefault("use_safetensors", True)
-    model, info = model_class.from_pretrained(path_or_name, config=config, output_loading_info=True, **loading)
+    model, info = model_class.from_pretrained(
+        path_or_name, config=config, output_loading_info=True, **loading
+    )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(name) for name in info[kind])
         if config.tie_word_embeddings:
             names = [name for name in names if name != "lm_head.weight"]
         if names:
             listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-            raise ValueError(f"{path_or_name}: {len(names)} {kind.replace('_', ' ')} for {model_type}: {listed}")
+            raise ValueError(
+                f"{path_or_name}: {len(names)} {kind.replace('_', ' ')} for {model_type}: {listed}"
+            )
     return model
 
 

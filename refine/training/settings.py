@@ -198,8 +198,10 @@ def parse_settings(arguments: list[str]) -> TrainSettings:
         path = resources.files("refine") / "assets" / DEFAULT_JOB
     merged = {} if path is None else read_file(path)
     merged |= {name: _convert(name, value) for name, value in given.items()}
-    if "model_type" in given:
-        merged.pop("model_name_or_path", None)
+    if "model_type" in given and "model_name_or_path" not in given:
+        merged["model_name_or_path"] = None
+    if "model_name_or_path" in given and "model_type" not in given:
+        merged |= {"model_type": None, "config_overrides": {}}
     return TrainSettings(**merged)
 
 

@@ -199,7 +199,9 @@ def _compute_dtype(q: torch.Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _state_of(states: torch.Tensor, owner: slice, q: torch.Tensor) -> torch.Tensor:  # [N, H, K, V] -> [B * H, K, V]
+def _state_of(
+    states: torch.Tensor, owner: slice, q: torch.Tensor
+) -> torch.Tensor:  # [N, H, K, V] -> [B * H, K, V]
     return states[owner].to(_compute_dtype(q)).reshape(-1, *states.shape[-2:])
 
 
@@ -208,18 +210,24 @@ def _by_chunk(x: torch.Tensor, c: int) -> torch.Tensor:  # [B, n * C, H, ...] ->
     return x.view(b, t // c, c, h, *rest).permute(1, 0, 3, 2, *range(4, x.dim() + 1))
 
 
-def _load(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:  # [B, n * C, H, ...] -> out [n * B * H, C, ...]
+def _load(
+    x: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:  # [B, n * C, H, ...] -> out [n * B * H, C, ...]
     view = _by_chunk(x, out.shape[1])
     out.view(view.shape).copy_(view)
     return out
 
 
-def _store(x: torch.Tensor, out: torch.Tensor, c: int) -> None:  # [n * B * H, C, ...] -> out [B, n * C, H, ...]
+def _store(
+    x: torch.Tensor, out: torch.Tensor, c: int
+) -> None:  # [n * B * H, C, ...] -> out [B, n * C, H, ...]
     view = _by_chunk(out, c)
     view.copy_(x.view(view.shape))
 
 
-def _steps(x: torch.Tensor | None, n: int) -> tuple[torch.Tensor | None, ...]:  # [n * r, ...] -> n of [r, ...]
+def _steps(
+    x: torch.Tensor | None, n: int
+) -> tuple[torch.Tensor | None, ...]:  # [n * r, ...] -> n of [r, ...]
     return (None,) * n if x is None else x.view(n, -1, *x.shape[1:]).unbind(0)
 
 
@@ -323,7 +331,9 @@ def _scan(
     k_write = seg.k if seg.to_end is None else seg.k * seg.to_end
     solve = seg.inverse * seg.beta.transpose(1, 2)
     chunks = zip(
-        *(_steps(a, n) for a in (r, u, solve, k_read, k_write.transpose(1, 2), seg.through)), slots, strict=True
+        *(_steps(a, n) for a in (r, u, solve, k_read, k_write.transpose(1, 2), seg.through)),
+        slots,
+        strict=True,
     )
     for r_i, u_i, solve_i, k_read_i, k_write_i, through_i, slot in chunks:
         r_i.baddbmm_(k_read_i, state, alpha=-1)
@@ -379,13 +389,24 @@ def _gradients(
     chunks = zip(
         *(
             _steps(a, n)
-            for a in (d_u, d_r, d_read, seg.inverse.transpose(1, 2), minus, k_write, seg.x.transpose(1, 2), seg.through)
+            for a in (
+                d_u,
+                d_r,
+                d_read,
+                seg.inverse.transpose(1, 2),
+                minus,
+                k_write,
+                seg.x.transpose(1, 2),
+                seg.through,
+            )
         ),
         d_before,
         slots,
         strict=True,
     )
-    for d_u_i, d_r_i, d_read_i, inverse_i, minus_i, k_write_i, x_i, through_i, extra, slot in reversed(list(chunks)):
+    for d_u_i, d_r_i, d_read_i, inverse_i, minus_i, k_write_i, x_i, through_i, extra, slot in reversed(
+        list(chunks)
+    ):
         if d_state is not None:
             d_u_i.baddbmm_(k_write_i, d_state)
         torch.bmm(inverse_i, d_u_i, out=d_r_i)

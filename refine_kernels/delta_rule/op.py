@@ -76,7 +76,9 @@ def chunk_delta_rule(
     q, k, v = _autocast(q, k, v)
     _check_inputs(q, k, v, beta, g)
     if state_stride is not None and (state_stride <= 0 or state_stride % STRIDE_UNIT):
-        raise ValueError(f"state_stride must be a positive multiple of {STRIDE_UNIT} or None, got {state_stride}")
+        raise ValueError(
+            f"state_stride must be a positive multiple of {STRIDE_UNIT} or None, got {state_stride}"
+        )
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, q)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -185,7 +187,18 @@ def _chunk_op(
         _check_bounds(cu_seqlens, q.shape[1])
     with _no_autocast(q):
         return IMPLEMENTATIONS[backend].forward(
-            q, k, v, beta, g, initial_state, cu_seqlens, scale, l2norm, output_final_state, state_stride, for_backward
+            q,
+            k,
+            v,
+            beta,
+            g,
+            initial_state,
+            cu_seqlens,
+            scale,
+            l2norm,
+            output_final_state,
+            state_stride,
+            for_backward,
         )
 
 
@@ -292,7 +305,11 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _no_autocast(q: torch.Tensor) -> contextlib.AbstractContextManager:
     """The arithmetic inside an op chooses its own dtypes."""
     device = q.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    return (
+        torch.autocast(device, enabled=False)
+        if torch.is_autocast_enabled(device)
+        else contextlib.nullcontext()
+    )
 
 
 def _shape(x: torch.Tensor) -> str:
@@ -332,7 +349,9 @@ def _check_state(initial_state, rows, q, v) -> None:
         return
     expected = (rows, q.shape[2], q.shape[3], v.shape[3])
     if initial_state.shape != expected:
-        raise ValueError(f"initial_state must be [N, H, K, V] = {list(expected)}, got {_shape(initial_state)}")
+        raise ValueError(
+            f"initial_state must be [N, H, K, V] = {list(expected)}, got {_shape(initial_state)}"
+        )
     allowed = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
     if initial_state.dtype not in allowed:
         names = " or ".join(str(dtype) for dtype in allowed)

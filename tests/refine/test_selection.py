@@ -14,7 +14,9 @@ from refine.method.selection import select_positions
 
 
 def one_sequence(entropy: torch.Tensor, config: RefineConfig, seed: int = 0) -> list[int]:
-    return select_positions(entropy[None], torch.tensor([len(entropy)]), config, torch.tensor([seed]))[0].tolist()
+    return select_positions(entropy[None], torch.tensor([len(entropy)]), config, torch.tensor([seed]))[
+        0
+    ].tolist()
 
 
 @settings(max_examples=60, deadline=None)

@@ -128,7 +128,8 @@ def test_sequences_of_a_batch_do_not_touch_each_other():
     seeds = torch.tensor([11, 12])
     _, together = gradients(model, ids, config, attention_mask=mask, seeds=seeds)
     parts = [
-        gradients(model, ids[i : i + 1, : int(mask[i].sum())], config, seeds=seeds[i : i + 1])[1] for i in (0, 1)
+        gradients(model, ids[i : i + 1, : int(mask[i].sum())], config, seeds=seeds[i : i + 1])[1]
+        for i in (0, 1)
     ]
     for name, grad in together.items():
         assert_close(grad, (parts[0][name] + parts[1][name]) / 2, 1e-10, name)
@@ -167,7 +168,9 @@ def test_off_policy_updates_use_the_ratio():
     for name, grad in fresh.items():
         assert_close(again[name], grad, 1e-9, name)
     assert same.clip_fraction == 0
-    moved = given | {"old_logprobs": draw.logprobs - 1.0}  # every ratio is e: clipped where the advantage is > 0
+    moved = given | {
+        "old_logprobs": draw.logprobs - 1.0
+    }  # every ratio is e: clipped where the advantage is > 0
     output = refine_step(model, ids, config, **moved)
     share = (draw.advantages > 0).double().mean().item()
     assert output.clip_fraction.item() == pytest.approx(share)

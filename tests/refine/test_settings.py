@@ -1,0 +1,107 @@
+"""Settings: command line over file over default, and one clear sentence for whatever cannot be."""
+
+from __future__ import annotations
+
+import pytest
+
+from refine.training.settings import SettingsError, TrainSettings, parse_settings, read_file, to_yaml
+
+
+def test_command_line_over_file_over_default(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("max_steps: 7\nlearning_rate: 1e-4\nreward: hybrid\nreport_to: [tensorboard]\n")
+    settings = parse_settings(["--config", str(path), "--max_steps", "9", "--bf16", "--lambda_rl=0.4"])
+    assert (settings.max_steps, settings.learning_rate, settings.reward) == (9, 1e-4, "hybrid")
+    assert settings.bf16 is True and settings.lambda_rl == 0.4 and settings.report_to == ["tensorboard"]
+    assert settings.weight_decay == TrainSettings().weight_decay
+
+
+def test_defaults_are_the_papers():
+    settings = TrainSettings()
+    assert (settings.learning_rate, settings.adam_beta1, settings.adam_beta2) == (1e-6, 0.9, 0.999)
+    assert (settings.weight_decay, settings.max_grad_norm, settings.lambda_rl) == (0.01, 0.2, 0.2)
+    assert (settings.num_chunks, settings.rollout_length, settings.max_length) == (8, 5, 16384)
+    assert settings.min_length == 160
+
+
+def test_no_argument_is_the_default_job_and_a_named_model_is_not():
+    assert parse_settings([]).output_dir == "runs/default"
+    assert parse_settings(["--max_steps", "3"]).max_length == 2048
+    assert parse_settings(["--model_name_or_path", "x"]).learning_rate == 1e-6
+
+
+def test_what_is_written_reads_back(tmp_path):
+    settings = parse_settings(
+        ["--model_type", "delta_net", "--config_overrides", "hidden_size=64,use_gate=true"]
+    )
+    assert settings.config_overrides == {"hidden_size": 64, "use_gate": True}
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(settings))
+    assert TrainSettings(**read_file(path)) == settings
+    assert parse_settings(["--config", str(path)]) == settings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lerning_rate", "1"], "unknown setting 'lerning_rate': did you mean 'learning_rate'"),
+        (["--zzz", "1"], "unknown setting 'zzz'; --help"),
+        (["--max_steps", "many"], "max_steps must be a whole number, got 'many'"),
+        (["--max_steps", "1.5"], "max_steps must be a whole number"),
+        (["--max_steps", "0"], "max_steps must be at least 1, got 0"),
+        (["--learning_rate", "fast"], "learning_rate must be a number"),
+        (["--learning_rate", "nan"], "learning_rate must be over 0"),
+        (["--learning_rate", "-1"], "learning_rate must be over 0"),
+        (["--bf16", "maybe"], "bf16 must be true or false, got 'maybe'"),
+        (["--num_chunks", "0"], "num_chunks must be a whole number of at least 1, got 0"),
+        (["--rollout_length", "0"], "rollout_length must be a whole number of at least 1"),
+        (["--rollout_length", "4000"], "max_length must be at least min_length=32000"),
+        (["--reward", "cosin"], "reward must be one of cosine, binary, hybrid"),
+        (["--phase", "pre"], "phase must be one of mid, sft, got 'pre'"),
+        (["--report_to", "mlflow"], "report_to takes tensorboard, wandb, got 'mlflow'"),
+        (["--min_length", "50"], "min_length must be at least 160 for num_chunks=8"),
+        (["--max_length", "100"], "max_length must be at least min_length=160"),
+        (["--model_name_or_path", "a", "--model_type", "b"], "exclude each other"),
+        (["--config_overrides", "a=1"], "need model_type"),
+        (["--config_overrides", "a"], "config_overrides must be key=value"),
+        (["--phase", "sft", "--num_mini_batches", "4"], "num_mini_batches is about rollouts"),
+        (["--save_total_limit", "0"], "save_total_limit must be at least 1"),
+        (["--recall_weight", "1"], "recall_weight must be over 0 and under 1"),
+        (["--config", "no/such.yaml"], "cannot be read: No such file"),
+        (["stray"], "unknown setting 'stray'"),
+    ],
+)
+def test_what_cannot_be_is_named(arguments, message):
+    with pytest.raises(SettingsError, match=message):
+        parse_settings(arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "is not YAML"),
+        ("- 1\n- 2\n", "must be a mapping of settings, got list"),
+        ("max_step: 3\n", "did you mean 'max_steps'"),
+        ("seed: [1]\n", "seed must be a whole number"),
+        ("output_dir: {a: 1}\n", "output_dir must be text"),
+        ("bf16: 3\n", "bf16 must be true or false"),
+    ],
+)
+def test_files_that_cannot_be_are_named(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=message):
+        parse_settings(["--config", str(path)])
+
+
+def test_an_empty_file_means_the_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("")
+    assert parse_settings(["--config", str(path)]) == TrainSettings()
+
+
+def test_help_lists_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        parse_settings(["--help"])
+    text = capsys.readouterr().out
+    assert "--num_chunks" in text and "--resume_from_checkpoint" in text
