@@ -1,4 +1,4 @@
-"""The delta rule of DeltaNet and Gated DeltaNet: see README.md for the derivation, reference.py for the definition."""
+"""The delta rule of DeltaNet and Gated DeltaNet: README.md derives it, reference.py defines it."""
 
 from refine_kernels.delta_rule.op import chunk_delta_rule, recurrent_delta_rule
 

@@ -18,7 +18,7 @@ Backward, given ``dO`` and ``dS'``; M, P, U and S are computed again from the in
 
     dU = P^T dO + e^(G_C - G) K dS'      dR' = M^T dU                       from the last chunk to the first
     dS = e^G_C dS' + (scale Q)^T e^G dO - K^T e^G beta dR'
-    dV = beta dR'        dP = dO U^T        dA = -dR' U^T                   A = diag(beta) L, R' = diag(beta) R
+    dV = beta dR'        dP = dO U^T        dA = -dR' U^T      of A = diag(beta) L and R' = diag(beta) R
     dbeta = rowsum(dR' * R) + rowsum(dA * L)
     dQ / scale = e^G dO S^T + (D * dP) K
     dK = -e^G beta dR' S^T + e^(G_C - G) U dS'^T + (E + E^T) K + (D * dP)^T scale Q      E = beta D * dA
@@ -34,13 +34,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from refine_kernels.delta_rule.reference import L2_NORM_EPS
 
 CHUNK = 32  # tokens of a chunk; what is left at a sequence's end is a shorter chunk of its own
-SEGMENT_BLOCKS = 64  # blocks (chunks * rows * heads) worked on at a time
+SEGMENT_BLOCKS = 64  # blocks (chunks * rows * heads) worked on at a time, but never less than two chunks
 
 
 def forward(
@@ -57,7 +58,8 @@ def forward(
     state_stride: int,
     for_backward: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(o, final_state, states, checkpoints)``; what is not asked for has length 0 (``state_stride`` 0: no states).
+    """``(o, final_state, states, checkpoints)``, what is not asked for with length 0 (``state_stride`` 0: no
+    states).
 
     Returns:
         o: [B, T, H, V] in q's dtype.
@@ -152,12 +154,13 @@ def backward(
 
 
 def checkpoint_count(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:  # [B, T, H, K], [N + 1]
-    """Room for the states that ``forward`` keeps: exact for whole rows; for packed sequences a bound that needs no
-    look at the data (each of them can add one short segment)."""
-    tokens, blocks = q.shape[1], q.shape[0] * q.shape[2]
+    """Room for the states that ``forward`` keeps. Exact for whole rows; for packed sequences, each of which
+    can add one short segment, a bound that needs no look at the data."""
+    tokens, most = q.shape[1], _longest(q.shape[0] * q.shape[2])
+    whole, chunks = tokens // CHUNK, -(-tokens // CHUNK)
     if cu_seqlens is None:
-        return len(list(_segments(0, tokens, blocks))) - 1
-    return min((tokens - 1) // (CHUNK * _longest(blocks)) + cu_seqlens.shape[0] - 1, (tokens - 1) // CHUNK)
+        return -(-whole // most) + (chunks - whole) - 1
+    return min(whole // most + cu_seqlens.shape[0] - 1, chunks - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -165,16 +168,16 @@ def checkpoint_count(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:  
 
 
 def _sequences(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[tuple[int, int, slice]]:
-    """``(first token, end, its rows of the states)``: all rows at once, or one packed sequence after the other."""
+    """``(first token, end, rows of the states)``: all rows at once, or one packed sequence after another."""
     if cu_seqlens is None:
         return [(0, q.shape[1], slice(None))]
     bounds = cu_seqlens.tolist()
-    return [(begin, end, slice(n, n + 1)) for n, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:]))]
+    return [(begin, end, slice(n, n + 1)) for n, (begin, end) in enumerate(pairwise(bounds))]
 
 
 def _longest(blocks: int) -> int:
     """The most chunks of a segment, for ``blocks`` = rows * heads."""
-    return max(1, SEGMENT_BLOCKS // max(1, blocks))
+    return max(2, SEGMENT_BLOCKS // max(1, blocks))
 
 
 def _segments(begin: int, end: int, blocks: int) -> Iterator[tuple[int, int, int]]:
@@ -188,8 +191,8 @@ def _segments(begin: int, end: int, blocks: int) -> Iterator[tuple[int, int, int
 
 
 def _boundaries(token: int, n: int, state_stride: int) -> tuple[int, int, int]:
-    """``(first, step, at)``: before chunks first, first + step, ... of the n that start at ``token`` of a sequence
-    lie its states at, at + 1, ...; ``first >= n`` where there is none."""
+    """``(first, step, at)``: of the n chunks from ``token`` of a sequence on, number first, first + step, ...
+    start from the sequence's states number at, at + 1, ...; ``first >= n`` where none does."""
     if not state_stride:
         return n, 1, 0
     return -token % state_stride // CHUNK, state_stride // CHUNK, -(-token // state_stride)
@@ -228,7 +231,7 @@ def _store(
 def _steps(
     x: torch.Tensor | None, n: int
 ) -> tuple[torch.Tensor | None, ...]:  # [n * r, ...] -> n of [r, ...]
-    return (None,) * n if x is None else x.view(n, -1, *x.shape[1:]).unbind(0)
+    return (None,) * n if x is None else x.view(n, x.shape[0] // n, *x.shape[1:]).unbind(0)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -259,11 +262,11 @@ class _Segment:
         return self.x[:, self.v.shape[1] :]
 
     @property
-    def p(self) -> torch.Tensor:  # [m, C, C]
+    def p(self) -> torch.Tensor:  # [m, C, C]  P
         return self.pairs[:, : self.v.shape[1]]
 
     @property
-    def l(self) -> torch.Tensor:  # [m, C, C]
+    def lower(self) -> torch.Tensor:  # [m, C, C]  L
         return self.pairs[:, self.v.shape[1] :]
 
 
@@ -296,8 +299,8 @@ def _prepare(
         decay[:, :c].tril_()
         decay[:, c:].tril_(-1)
     else:
-        # Differences of sums in float64: after one strong decay, float32 sums no longer resolve weak ones. Above
-        # the diagonal they may overflow exp, which tril then drops.
+        # Differences of running sums, in float64: after a strong decay, float32 sums no longer resolve the
+        # weak ones that follow. Above the diagonal exp may overflow; tril drops it.
         total = _load(g, new(m, c, dtype=torch.float64)).clamp_(min=-1e4).cumsum(1)
         between = (total.unsqueeze(2) - total.unsqueeze(1)).to(x.dtype).exp_()
         decay = new(m, 2 * c, c)
@@ -319,8 +322,8 @@ def _scan(
     n: int,
     want_after: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Through the n chunks: R [m, C, V], U [m, C, V], the state before each chunk [m, K, V], the state after all
-    [B * H, K, V] (``state`` itself unless wanted). R takes the place of ``seg.v``."""
+    """Through the n chunks: R [m, C, V], U [m, C, V], the states before each [m, K, V] and after all
+    [B * H, K, V] (not brought up to date unless wanted). R takes the place of ``seg.v``."""
     r, u = seg.v, torch.empty_like(seg.v)
     before = state if n == 1 else state.new_empty(n, *state.shape)
     slots = (None,)
@@ -436,7 +439,7 @@ def _gradients(
     # ... and through the pairs.
     d_p = torch.bmm(d_out, u.transpose(1, 2))
     d_a = torch.bmm(d_r, u.transpose(1, 2)).neg_()
-    weighted = d_a * seg.l
+    weighted = d_a * seg.lower
     d_beta = (d_r * r).sum(-1) + weighted.sum(-1)
     if d_decay is not None:
         weighted = weighted.mul_(seg.beta).addcmul_(d_p, seg.p).tril_(-1)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 
 import torch
 
-from refine_kernels.delta_rule import chunked, recurrent, reference
+from refine_kernels.delta_rule import checks, chunked, recurrent, reference
 from refine_kernels.dispatch import choose_backend
 
 IMPLEMENTATIONS = {"torch": chunked}  # backend -> a module with forward, backward and checkpoint_count
 CHUNK_BACKENDS = ("reference", *IMPLEMENTATIONS)
 RECURRENT_BACKENDS = ("reference", "torch")
-
-MAX_HEAD_SIZE = 256
-STRIDE_UNIT = 64  # state_stride is a multiple of it, and it of every backend's chunk
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def chunk_delta_rule(
@@ -50,8 +45,8 @@ def chunk_delta_rule(
         beta: writing strengths ``[B, T, H]``, any float dtype.
         g: log-decays ``[B, T, H]``, at most 0, any float dtype; ``None`` for the plain delta rule.
         scale: factor on the outputs, ``K ** -0.5`` by default.
-        initial_state: ``[N, H, K, V]`` float32 (or float64 with float64 inputs), N = B, or the number of packed
-            sequences; zeros by default.
+        initial_state: ``[N, H, K, V]`` float32 (or float64 with float64 inputs), N = B, or the number of
+            packed sequences; zeros by default.
         output_final_state: also return the state after the last token.
         state_stride: a multiple of 64: also return the states before tokens 0, s, 2s, ... of each sequence.
         cu_seqlens: ``[N + 1]`` integers from 0 to T: B = 1 and sequence n is tokens ``cu_seqlens[n]`` up to
@@ -61,38 +56,36 @@ def chunk_delta_rule(
 
     Returns:
         ``(o, final_state)``, with ``state_stride`` also ``states``: o ``[B, T, H, V]`` in q's dtype;
-        final_state ``[N, H, K, V]`` or ``None``; states ``[N, ceil(longest / state_stride), H, K, V]``, zero past
-        a packed sequence's end. States are float32 (float64 for float64 inputs).
+        final_state ``[N, H, K, V]`` or ``None``; states ``[N, ceil(longest / state_stride), H, K, V]``, zero
+        past a packed sequence's end. States are float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: an argument does not fit; the message names it, what was given and what is allowed.
 
     Under autocast q, k and v are brought to the autocast dtype, as a matrix product would. With both
-    ``cu_seqlens`` and ``state_stride`` the number of states depends on data: ``torch.compile(fullgraph=True)``
-    then needs ``torch._dynamo.config.capture_dynamic_output_shape_ops = True``.
+    ``cu_seqlens`` and ``state_stride`` the number of states depends on data, and
+    ``torch.compile(fullgraph=True)`` needs ``torch._dynamo.config.capture_dynamic_output_shape_ops = True``.
 
     Sources: Yang et al., arXiv 2406.06484 (DeltaNet); Yang et al., arXiv 2412.06464 (Gated DeltaNet).
     """
     q, k, v = _autocast(q, k, v)
-    _check_inputs(q, k, v, beta, g)
-    if state_stride is not None and (state_stride <= 0 or state_stride % STRIDE_UNIT):
-        raise ValueError(
-            f"state_stride must be a positive multiple of {STRIDE_UNIT} or None, got {state_stride}"
-        )
+    checks.check_inputs(q, k, v, beta, g)
+    checks.check_state_stride(state_stride)
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, q)
+        checks.check_cu_seqlens(cu_seqlens, q)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    _check_state(initial_state, rows, q, v)
+    checks.check_state(initial_state, rows, q, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
 
     backend = choose_backend(backend, q, CHUNK_BACKENDS)
     if backend == "reference":
         if cu_seqlens is not None:
-            _check_bounds(cu_seqlens, q.shape[1])
+            checks.check_bounds(cu_seqlens, q.shape[1])
         with _no_autocast(q):
             return reference.chunk_delta_rule(
-                q, k, v, beta, g=g, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
-                state_stride=state_stride, cu_seqlens=cu_seqlens, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+                q, k, v, beta, g=g, scale=scale, initial_state=initial_state,
+                output_final_state=output_final_state, state_stride=state_stride, cu_seqlens=cu_seqlens,
+                use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
             )  # fmt: skip
     for_backward = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, beta, g, initial_state)
@@ -121,14 +114,14 @@ def recurrent_delta_rule(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The same rule for decoding: a few tokens (1 to about 8), many rows, each continuing a given state.
 
-    Row b starts from ``initial_state[state_indices[b]]``, or ``initial_state[b]`` without indices. Several rows
-    may start from one state; ``initial_state`` is never written (copy on write). Differentiable like
+    Row b starts from ``initial_state[state_indices[b]]``, or ``initial_state[b]`` without indices. Several
+    rows may start from one state; ``initial_state`` is never written (copy on write). Differentiable like
     :func:`chunk_delta_rule`, whose arguments these are but for:
 
     Args:
         initial_state: ``[N, H, K, V]``; N = B unless ``state_indices`` is given.
-        state_indices: ``[B]`` integers in ``[0, N)``. The range is checked for CPU tensors, and elsewhere with
-            ``REFINE_KERNELS_DEBUG=1`` (reading it would wait for the device).
+        state_indices: ``[B]`` integers in ``[0, N)``. The range is checked for CPU tensors, and elsewhere
+            with ``REFINE_KERNELS_DEBUG=1`` (looking would wait for the device).
 
     Returns:
         ``(o [B, T, H, V], final_state [B, H, K, V] or None)``.
@@ -137,12 +130,12 @@ def recurrent_delta_rule(
         ValueError: an argument does not fit; the message names it, what was given and what is allowed.
     """
     q, k, v = _autocast(q, k, v)
-    _check_inputs(q, k, v, beta, g)
+    checks.check_inputs(q, k, v, beta, g)
     if state_indices is None:
-        _check_state(initial_state, q.shape[0], q, v)
+        checks.check_state(initial_state, q.shape[0], q, v)
     else:
-        _check_indices(state_indices, initial_state, q)
-        _check_state(initial_state, initial_state.shape[0], q, v)
+        checks.check_indices(state_indices, initial_state, q)
+        checks.check_state(initial_state, initial_state.shape[0], q, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
 
     backend = choose_backend(backend, q, RECURRENT_BACKENDS)
@@ -184,7 +177,7 @@ def _chunk_op(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if cu_seqlens is not None:
-        _check_bounds(cu_seqlens, q.shape[1])
+        checks.check_bounds(cu_seqlens, q.shape[1])
     with _no_autocast(q):
         return IMPLEMENTATIONS[backend].forward(
             q,
@@ -286,7 +279,7 @@ _chunk_op.register_autograd(_differentiate, setup_context=_remember)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Checks
+# Dtypes
 
 
 def _state_dtype(q: torch.Tensor) -> torch.dtype:
@@ -310,92 +303,3 @@ def _no_autocast(q: torch.Tensor) -> contextlib.AbstractContextManager:
         if torch.is_autocast_enabled(device)
         else contextlib.nullcontext()
     )
-
-
-def _shape(x: torch.Tensor) -> str:
-    return f"[{', '.join(str(n) for n in x.shape)}]"
-
-
-def _check_inputs(q, k, v, beta, g) -> None:
-    if q.dim() != 4 or q.shape[1] < 1:
-        raise ValueError(f"q must be [B, T, H, K] with T >= 1, got {_shape(q)}")
-    if q.dtype not in FLOAT_DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
-        raise ValueError(f"q must have one of the dtypes {allowed}, got {q.dtype}")
-    if k.shape != q.shape:
-        raise ValueError(f"k must have q's shape {_shape(q)}, got {_shape(k)}")
-    if v.dim() != 4 or v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"v must be [B, T, H, V] with q's B, T, H = {_shape(q[..., 0])}, got {_shape(v)}")
-    for name, x in (("q", q), ("v", v)):
-        if not 1 <= x.shape[-1] <= MAX_HEAD_SIZE:
-            raise ValueError(f"{name}'s head size must be 1 to {MAX_HEAD_SIZE}, got {x.shape[-1]}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
-    for name, x in (("beta", beta), ("g", g)):
-        if x is None and name == "g":
-            continue
-        if x.shape != q.shape[:3]:
-            raise ValueError(f"{name} must be [B, T, H] = {_shape(q[..., 0])}, got {_shape(x)}")
-        if not x.is_floating_point():
-            raise ValueError(f"{name} must have a floating-point dtype, got {x.dtype}")
-    for name, x in (("k", k), ("v", v), ("beta", beta), ("g", g)):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-
-
-def _check_state(initial_state, rows, q, v) -> None:
-    if initial_state is None:
-        return
-    expected = (rows, q.shape[2], q.shape[3], v.shape[3])
-    if initial_state.shape != expected:
-        raise ValueError(
-            f"initial_state must be [N, H, K, V] = {list(expected)}, got {_shape(initial_state)}"
-        )
-    allowed = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
-    if initial_state.dtype not in allowed:
-        names = " or ".join(str(dtype) for dtype in allowed)
-        raise ValueError(f"initial_state must be {names} with q in {q.dtype}, got {initial_state.dtype}")
-    if initial_state.device != q.device:
-        raise ValueError(f"initial_state must be on q's device {q.device}, got {initial_state.device}")
-
-
-def _check_cu_seqlens(cu_seqlens, q) -> None:
-    if q.shape[0] != 1:
-        raise ValueError(f"cu_seqlens packs sequences into one row: q must have B = 1, got {_shape(q)}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cu_seqlens must be [N + 1] of int32 or int64 with N >= 1, got {_shape(cu_seqlens)} of {cu_seqlens.dtype}"
-        )
-
-
-def _check_bounds(cu_seqlens, tokens) -> None:
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {bounds[0]}")
-    if bounds[-1] != tokens:
-        raise ValueError(f"cu_seqlens must end at T = {tokens}, got {bounds[-1]}")
-    for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:])):
-        if b < a:
-            raise ValueError(f"cu_seqlens must not decrease, got {a} then {b} at entry {n + 1}")
-
-
-def _check_indices(state_indices, initial_state, q) -> None:
-    if initial_state is None:
-        raise ValueError("state_indices needs initial_state, got initial_state=None")
-    if initial_state.dim() != 4:
-        raise ValueError(f"initial_state must be [N, H, K, V], got {_shape(initial_state)}")
-    if state_indices.shape != q.shape[:1] or state_indices.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"state_indices must be [B] = [{q.shape[0]}] of int32 or int64, "
-            f"got {_shape(state_indices)} of {state_indices.dtype}"
-        )
-    if state_indices.device != q.device:
-        raise ValueError(f"state_indices must be on q's device {q.device}, got {state_indices.device}")
-    free = state_indices.device.type == "cpu" or os.environ.get("REFINE_KERNELS_DEBUG", "0") == "1"
-    if free and not torch.compiler.is_compiling() and state_indices.numel():
-        low, high = (x.item() for x in torch.aminmax(state_indices))
-        if low < 0 or high >= initial_state.shape[0]:
-            raise ValueError(
-                f"state_indices must be in [0, {initial_state.shape[0]}), got values from {low} to {high}"
-            )

@@ -38,10 +38,10 @@ def step(
         u = u * beta
         o = product * u
     else:
-        state = state.to(dtype).view(b * h, kd, vd)
+        state = state.to(dtype).reshape(b * h, kd, vd)
         read = torch.bmm(qk, state)
         if g is not None:
-            decay = g.to(dtype).exp().view(b * h, 1, 1)
+            decay = g.to(dtype).reshape(b * h, 1, 1).exp()
             read = read * decay
         u = (u - read[:, 1:]) * beta
         o = torch.addcmul(read[:, :1], product, u)

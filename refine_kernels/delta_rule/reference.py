@@ -1,6 +1,6 @@
 """The delta rule, token by token: the definition that every backend is tested against.
 
-Per head, with a state ``S [K, V]``, decay ``a_t = exp(g_t)`` (1 without ``g``) and writing strength ``beta_t``:
+Per head, with state ``S [K, V]``, decay ``a_t = exp(g_t)`` (1 without ``g``) and writing strength ``beta_t``:
 
     u_t = beta_t (v_t - a_t S_{t-1}^T k_t)      what the state does not yet say about k_t
     S_t = a_t S_{t-1} + k_t u_t^T               write it
@@ -11,6 +11,8 @@ here and nothing is fast: the public functions in ``op.py`` check, ``chunked.py`
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 
@@ -40,7 +42,7 @@ def chunk_delta_rule(
         spans = [(slice(None), slice(0, q.shape[1]))]
     else:
         bounds = cu_seqlens.tolist()
-        spans = [(slice(0, 1), slice(a, b)) for a, b in zip(bounds[:-1], bounds[1:])]
+        spans = [(slice(0, 1), slice(a, b)) for a, b in pairwise(bounds)]
 
     outputs, finals, boundaries = [], [], []
     for n, (rows, tokens) in enumerate(spans):
@@ -78,7 +80,8 @@ def recurrent_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``(o [B, T, H, V], final_state [B, H, K, V] | None)``; row b starts from ``initial_state[state_indices[b]]``."""
+    """``(o [B, T, H, V], final_state [B, H, K, V] | None)``; row b starts from
+    ``initial_state[state_indices[b]]``."""
     if state_indices is not None:
         initial_state = initial_state[state_indices]
     return chunk_delta_rule(
@@ -99,7 +102,7 @@ def _one_pass(
     state_stride: int | None,
     l2norm: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One sequence per row: outputs [B, T, H, V], the last state [B, H, K, V], states [B, ceil(T / stride), H, K, V]."""
+    """Outputs [B, T, H, V], the last state [B, H, K, V], states [B, ceil(T / stride), H, K, V]."""
     out_dtype, dtype = q.dtype, _compute_dtype(q)
     q, k, v, beta, state = (x.to(dtype) for x in (q, k, v, beta, state))
     decay = None if g is None else g.to(dtype).exp()

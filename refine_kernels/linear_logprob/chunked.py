@@ -35,8 +35,10 @@ CHUNK_BYTES = 16 << 20
 MIN_CHUNK_ROWS = 256
 # Rows of a block of row arithmetic: from 1 to 8 MiB are equally fast; larger ones start fewer parallel loops.
 BLOCK_BYTES = 8 << 20
-# Rows whose noise is drawn at once: the generator's words take about ten times these bytes.
-NOISE_BYTES = 1 << 20
+# Elements whose noise is drawn at once. ATen keeps loops of up to 32768 elements on one thread, and the
+# generator is a hundred short loops: on two idle cores two threads would be 1.8 times as fast, but on busy
+# ones they wait for each other at the end of every loop (90 times as slow at a load of 7).
+NOISE_ELEMENTS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,17 @@ class Rows(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """dL/d(logprob), dL/d(entropy), dL/d(lse) of each row, and the entropies where the second is there. ``[N]``"""
+    """What arrives for each row: dL/d(logprob), dL/d(entropy), dL/d(lse). All ``[N]``."""
 
     logprob: torch.Tensor
     entropy: torch.Tensor | None
     lse: torch.Tensor | None
-    row_entropy: torch.Tensor | None
+    row_entropy: torch.Tensor | None  # the entropies themselves, where dL/d(entropy) is there
 
-    def at(self, rows: torch.Tensor) -> Upstream:  # the same, [B, 1]
+    def at(
+        self,
+        rows: torch.Tensor,  # [B]
+    ) -> Upstream:  # [B, 1] each
         return Upstream(*(None if g is None else g[rows, None] for g in self))
 
 
@@ -106,12 +111,11 @@ class Gradients:
         needs: tuple[bool, bool, bool],
     ) -> None:
         w = head.weight
-        empty = w.new_empty(0)
-        self.needs_x, self.needs_weight, self.needs_bias = needs
         self.head = head
-        self.x = w.new_zeros(x.shape) if self.needs_x else empty  # [N, D]
-        self.weight = torch.zeros_like(w) if self.needs_weight else empty.clone()  # [V, D]
-        self.bias = w.new_zeros(w.shape[0]) if self.needs_bias else empty.clone()  # [V]
+        self.needs_x, self.needs_weight, self.needs_bias = needs
+        self.x = w.new_zeros(x.shape if self.needs_x else 0)  # [N, D]
+        self.weight = w.new_zeros(w.shape if self.needs_weight else 0)  # [V, D]
+        self.bias = w.new_zeros(w.shape[0] if self.needs_bias else 0)  # [V]
 
     def add(
         self,
@@ -142,8 +146,9 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-prob, entropy, lse and token of every row, each ``[N]``, or ``[0]`` where not needed."""
     N = x.shape[0]
-    logprob, entropy, lse = (x.new_empty(N if need else 0, dtype=head.weight.dtype)
-                             for need in (need_logprob, need_entropy, need_lse))  # fmt: skip
+    logprob = head.weight.new_empty(N if need_logprob else 0)
+    entropy = head.weight.new_empty(N if need_entropy else 0)
+    lse = head.weight.new_empty(N if need_lse else 0)
     token = x.new_empty(N if sample else 0, dtype=torch.int64)
     for rows, _, q, d in _chunks(x, head, torch.arange(N, device=x.device)):
         for rows_b, q_b, d_b in _blocks(rows, q, d):
@@ -239,7 +244,7 @@ def _chunks(
     head: Head,
     rows: torch.Tensor,  # [n] which of the N
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """For each chunk: its rows [R], their x [R, D], scaled logits [R, V], and scratch for one block [B, V]."""
+    """For each chunk its rows [R], their x [R, D], scaled logits [R, V], and scratch for one block [B, V]."""
     V = head.weight.shape[0]
     row_bytes = V * head.weight.itemsize
     R = min(max(MIN_CHUNK_ROWS, CHUNK_BYTES // row_bytes), len(rows))
@@ -326,6 +331,6 @@ def _draw(
     seed: torch.Tensor,  # [B]
 ) -> torch.Tensor:  # [B]
     columns = torch.arange(q.shape[1], device=q.device)
-    rows = max(1, NOISE_BYTES // (q.shape[1] * q.itemsize))
+    rows = max(1, NOISE_ELEMENTS // q.shape[1])
     parts = zip(q.split(rows), seed[:, None].split(rows))
     return torch.cat([(q_part + gumbel(seed_part, columns)).argmax(1) for q_part, seed_part in parts])

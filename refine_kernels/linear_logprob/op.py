@@ -76,10 +76,13 @@ def linear_logprob(
 
     if choose_backend(backend, x, _BACKENDS) == "reference":
         return reference.linear_logprob(
-            x, weight, target, temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy,
-            return_lse=return_lse, sample=sample, seed=seed, bias=bias, logit_softcap=logit_softcap,
+            x, weight, target, temperature=temperature, ignore_index=ignore_index,
+            return_entropy=return_entropy, return_lse=return_lse, sample=sample, seed=seed,
+            bias=bias, logit_softcap=logit_softcap,
         )  # fmt: skip
     leading = x.shape[:-1]
+    if target is None:
+        ignore_index = -1  # a drawn token is never ignored, whatever its number
     seeds = resolve_seeds(seed, leading, x.device) if sample and temperature > 0 else None
     outputs = _linear_logprob(
         _rows(x), weight, bias,
@@ -225,7 +228,7 @@ def _linear_logprob_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx ``[N, D]``, dW ``[V, D]``, db ``[V]`` in the dtypes of x, weight and bias; ``[0]`` where not needed."""
+    """dx ``[N, D]``, dW ``[V, D]``, db ``[V]``, dtypes of x, weight and bias; ``[0]`` where not needed."""
     if grad_logprob is None:
         grad_logprob = x.new_zeros(x.shape[0], dtype=chunked.accumulation_dtype(x, weight))
     with torch.autocast(x.device.type, enabled=False):
@@ -309,7 +312,9 @@ def _dense_cross_entropy(
 
 
 @_dense_cross_entropy.register_fake
-def _(x, weight, bias, target, row_scale, softcap, ignore_index, need_entropy, need_x, need_weight, need_bias):
+def _(
+    x, weight, bias, target, row_scale, softcap, ignore_index, need_entropy, need_x, need_weight, need_bias
+):
     dtype = chunked.accumulation_dtype(x, weight)
     shapes = [(), x.shape[:1], x.shape, weight.shape, weight.shape[:1]]
     needed = [True, need_entropy, need_x, need_weight, need_bias]
@@ -363,7 +368,9 @@ def _check_head(
     if not x.is_floating_point() or x.ndim < 1:
         raise ValueError(f"x must be a floating-point tensor [..., D], got {_described(x)}")
     if not weight.is_floating_point() or weight.ndim != 2 or weight.shape[0] < 1:
-        raise ValueError(f"weight must be a floating-point tensor [V, D] with V >= 1, got {_described(weight)}")
+        raise ValueError(
+            f"weight must be a floating-point tensor [V, D] with V >= 1, got {_described(weight)}"
+        )
     V, D = weight.shape
     if x.shape[-1] != D:
         raise ValueError(f"x must end in D = {D} like weight [V, D] = {[V, D]}, got {_described(x)}")
@@ -430,8 +437,8 @@ def _check_row_weight(
         )
     if row_weight.requires_grad:
         raise ValueError(
-            "row_weight must not require a gradient (it is a constant here): "
-            "use reduction='none' and multiply the losses yourself"
+            "row_weight must be a constant, got a tensor that requires a gradient: "
+            "take reduction='none' and multiply the losses yourself"
         )
     _check_device("row_weight", row_weight, x)
 

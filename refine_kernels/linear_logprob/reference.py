@@ -57,8 +57,10 @@ def linear_logprob(
     q = z / (temperature or 1.0)
     log_p = q.log_softmax(-1)
 
-    target = token if target is None else target
-    logprob = None if target is None else _at_target(log_p, target, ignore_index)
+    if target is not None:
+        logprob = _at_target(log_p, target, ignore_index)
+    else:  # a drawn token is never ignored, whatever its number
+        logprob = log_p.gather(-1, token[..., None]).squeeze(-1) if sample else None
     entropy = -(log_p.exp() * log_p).sum(-1) if return_entropy else None
     lse = q.logsumexp(-1) if return_lse else None
     return LinearLogprobOutput(logprob, entropy, lse, token)

@@ -50,7 +50,7 @@ def to_double(inputs):
 def run(
     inputs, op=chunk_delta_rule, *, through=("o", "final_state", "states"), with_gradients=True, **options
 ):
-    """Outputs by name, and the gradients ("dq", ...) of fixed random weights on the outputs in ``through``."""
+    """Outputs by name, and the gradients ("dq", ...) that fixed random weights on ``through`` send back."""
     leaves = {name: x.detach().requires_grad_(with_gradients) for name, x in inputs.items() if x is not None}
     positional = [leaves[name] for name in NAMES[:4]]
     options = {"output_final_state": True, **options, "initial_state": leaves.get("initial_state")}
@@ -62,8 +62,8 @@ def run(
     weights = {name: torch.randn(x.shape, generator=random, dtype=torch.float64) for name, x in named.items()}
     used = [name for name in named if name in through]
     gradients = torch.autograd.grad(
-        [named[name] for name in used], list(leaves.values()), [weights[name].to(named[name]) for name in used],
-        allow_unused=True, materialize_grads=True,
+        [named[name] for name in used], list(leaves.values()),
+        [weights[name].to(named[name]) for name in used], allow_unused=True, materialize_grads=True,
     )  # fmt: skip
     return {
         **{name: x.detach() for name, x in named.items()},
@@ -207,6 +207,13 @@ def test_packed_parity(dtype, gated):
         assert actual["states"][n, -(-length // 64) :].count_nonzero() == 0
         if length == 0:
             assert torch.equal(actual["final_state"][n], inputs["initial_state"][n])
+
+
+@pytest.mark.parametrize("lengths", [(33,) * 5, (0, 0, 3), (700,), (31, 500, 32)], ids=str)
+def test_packed_lengths(lengths):
+    inputs, cu_seqlens = packed(lengths)
+    expected = run(to_double(inputs), backend="reference", cu_seqlens=cu_seqlens)
+    assert_same(run(inputs, cu_seqlens=cu_seqlens), expected, 1e-5)
 
 
 def test_packed_equals_rows():

@@ -1,0 +1,174 @@
+"""What a REFINE step costs beside an SFT step: time and memory, one machine, one run, pair by pair.
+
+``python -m benchmarks.step_cost`` measures the table of the README and appends it to ``benchmarks/results/``.
+On a shared machine only ratios of neighbours count, so the two steps of a ratio are timed in turn and the
+median of the pairs' ratios is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from refine import RefineConfig, refine_step
+from refine.method.step import next_token_targets
+from refine.models import DeltaNetConfig, DeltaNetForCausalLM
+from refine.models.head import NextTokenLoss
+
+RESULTS = Path(__file__).parent / "results"
+WAYS = ("sft", "shared_prefix", "per_prefix")
+
+
+def model_of_the_table() -> DeltaNetForCausalLM:
+    """DeltaNet, hidden 256, 4 layers, 4 heads of 64, vocabulary 4096, random weights, float32."""
+    torch.manual_seed(0)
+    settings = {"hidden_size": 256, "num_hidden_layers": 4, "num_heads": 4, "vocab_size": 4096}
+    return DeltaNetForCausalLM(DeltaNetConfig(**settings)).train()
+
+
+def steps(tokens: int, chunks: int = 8, length: int = 5) -> dict[str, Callable[[], torch.Tensor]]:
+    """One function a way; each does forward and backward (no optimizer) and returns the loss."""
+    model = model_of_the_table()
+    ids = torch.randint(4096, (1, tokens))
+    lengths = torch.tensor([tokens])
+    seeds = torch.tensor([1])
+
+    def sft() -> torch.Tensor:
+        model.zero_grad()
+        head = NextTokenLoss(*next_token_targets(ids, lengths), entropy=False)
+        loss = model(ids, use_cache=False, head=head).loss
+        loss.backward()
+        return loss
+
+    def refine(way: str) -> torch.Tensor:
+        model.zero_grad()
+        config = RefineConfig(num_chunks=chunks, rollout_length=length, step=way)
+        loss = refine_step(model, ids, config, seeds=seeds).loss
+        loss.backward()
+        return loss
+
+    return {
+        "sft": sft,
+        "shared_prefix": lambda: refine("shared_prefix"),
+        "per_prefix": lambda: refine("per_prefix"),
+    }
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def paired_ratio(a: Callable, b: Callable, pairs: int) -> dict[str, float]:
+    """Median of ``time(a) / time(b)`` over neighbouring calls, after one call of each, with the quartiles."""
+    a(), b()
+    times = [(seconds(a), seconds(b)) for _ in range(pairs)]
+    ratios = sorted(x / y for x, y in times)
+    return {
+        "ratio": median(ratios),
+        "ratio_low": ratios[len(ratios) // 4],
+        "ratio_high": ratios[-1 - len(ratios) // 4],
+        "seconds": median(x for x, _ in times),
+        "sft_seconds": median(y for _, y in times),
+        "pairs": pairs,
+    }
+
+
+def peak_memory(way: str, tokens: int) -> float:
+    """MB that one step takes beyond the process before it, in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.step_cost", "--memory_of", way, "--tokens", str(tokens)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return float(output.split()[-1])
+
+
+def _memory_here(way: str, tokens: int) -> float:
+    """Peak beyond what was resident before the step; a short step first, so that one-time costs do not count."""
+    steps(512)[way]()
+    function = steps(tokens)[way]
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel starts its high-water mark anew
+    before = _status("VmRSS")
+    function()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+def measure(pairs: int) -> dict:
+    """The whole table."""
+    table: dict[str, list] = {"tokens": [], "chunks": [], "length": []}
+    for tokens in (1024, 2048, 4096, 8192, 16384):
+        at = steps(tokens)
+        table["tokens"].append({"tokens": tokens} | paired_ratio(at["shared_prefix"], at["sft"], pairs))
+        print(table["tokens"][-1], flush=True)
+    for chunks in (2, 4, 8, 16, 32, 64):
+        at = steps(8192, chunks)
+        table["chunks"].append({"chunks": chunks} | paired_ratio(at["shared_prefix"], at["sft"], pairs))
+        print(table["chunks"][-1], flush=True)
+    for length in (1, 3, 5, 7):
+        at = steps(8192, 8, length)
+        table["length"].append({"length": length} | paired_ratio(at["shared_prefix"], at["sft"], pairs))
+        print(table["length"][-1], flush=True)
+    at = steps(8192)
+    table["per_prefix"] = paired_ratio(at["per_prefix"], at["sft"], 1)
+    print(table["per_prefix"], flush=True)
+    memory = {way: peak_memory(way, 8192) for way in WAYS}
+    table["memory_mb"] = memory
+    print(memory, flush=True)
+    return table
+
+
+def main() -> None:
+    """Measure, print, append a results file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--memory_of", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, default=8192, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory_of:
+        print(_memory_here(options.memory_of, options.tokens))
+        return
+    now = datetime.datetime.now(datetime.UTC)
+    record = {
+        "what": "REFINE step over SFT step, forward and backward, DeltaNet 256 x 4, float32, batch 1",
+        "date": now.date().isoformat(),
+        "machine": {
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "load_before": os.getloadavg()[0],
+        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "table": measure(options.pairs),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"step_cost_cpu_{now:%Y%m%d_%H%M}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written to benchmarks/results/{path.name}")
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

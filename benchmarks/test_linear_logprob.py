@@ -1,0 +1,130 @@
+"""What the fused LM head costs on this machine, against itself and against PyTorch.
+
+    pytest benchmarks/test_linear_logprob.py --benchmark-only          times of every provider, one by one
+    pytest benchmarks/test_linear_logprob.py -s -k ratios              ratios, providers taking turns
+
+On a shared machine only the second means anything: every round runs all providers once, and a ratio is the
+median over rounds of the ratio within a round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from refine_kernels.linear_logprob import linear_cross_entropy, linear_logprob
+
+SHAPES = {"wide": (4096, 256, 32000), "narrow": (8192, 256, 4096)}  # N, D, V
+ROUNDS = 7
+
+
+def training_providers(N: int, D: int, V: int) -> dict[str, Callable[[], None]]:
+    """Loss, forward and backward with respect to x [N, D] and weight [V, D]."""
+    x = torch.randn(N, D, requires_grad=True)
+    weight = (torch.randn(V, D) / D**0.5).requires_grad_()
+    target = torch.randint(V, (N,))
+
+    def trained(loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        def step() -> None:
+            x.grad = weight.grad = None
+            loss().backward()
+
+        return step
+
+    def general() -> torch.Tensor:
+        out = linear_logprob(x, weight, target, return_entropy=True)
+        return out.entropy.mean() - out.logprob.mean()
+
+    providers = {
+        "loss": lambda: linear_cross_entropy(x, weight, target),
+        "loss + entropy": lambda: linear_cross_entropy(x, weight, target, return_entropy=True)[0],
+        "log-prob and entropy with gradients": general,
+        "torch: cross_entropy(linear)": lambda: F.cross_entropy(F.linear(x, weight), target),
+    }
+    if hasattr(F, "linear_cross_entropy"):  # torch 2.13 and later
+        chunked = torch.nn.LinearCrossEntropyOptions()
+        providers["torch: linear_cross_entropy"] = lambda: F.linear_cross_entropy(x, weight, target)
+        providers["torch: linear_cross_entropy, chunked"] = lambda: F.linear_cross_entropy(
+            x, weight, target, options=chunked
+        )
+    return {name: trained(loss) for name, loss in providers.items()}
+
+
+def rollout_providers(N: int, D: int, V: int) -> dict[str, Callable[[], None]]:
+    """One decoding step of N rows: a token, its log-prob and the entropy."""
+    x, weight = torch.randn(N, D), torch.randn(V, D) / D**0.5
+
+    def materialised() -> None:
+        log_p = (x @ weight.t()).log_softmax(1)
+        p = log_p.exp()
+        log_p.gather(1, torch.multinomial(p, 1))
+        (p * log_p).sum(1)
+
+    return {
+        "sample + entropy": lambda: linear_logprob(x, weight, sample=True, seed=1, return_entropy=True),
+        "greedy + entropy": lambda: linear_logprob(
+            x, weight, sample=True, temperature=0, return_entropy=True
+        ),
+        "torch: logits, multinomial, entropy": materialised,
+    }
+
+
+TRAINING = [
+    "loss",
+    "loss + entropy",
+    "log-prob and entropy with gradients",
+    "torch: cross_entropy(linear)",
+    "torch: linear_cross_entropy",
+    "torch: linear_cross_entropy, chunked",
+]
+ROLLOUT = ["sample + entropy", "greedy + entropy", "torch: logits, multinomial, entropy"]
+
+
+@pytest.mark.parametrize("provider", TRAINING)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_training(benchmark, shape, provider):
+    providers = training_providers(*SHAPES[shape])
+    if provider not in providers:
+        pytest.skip("this version of torch does not have it")
+    benchmark.group = f"forward + backward, {shape} {SHAPES[shape]}"
+    benchmark.pedantic(providers[provider], rounds=ROUNDS, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("provider", ROLLOUT)
+@pytest.mark.parametrize("N", [8, 64])
+def test_rollout(benchmark, N, provider):
+    providers = rollout_providers(N, 256, 4096)
+    benchmark.group = f"one decoding step, {(N, 256, 4096)}"
+    with torch.no_grad():
+        benchmark(providers[provider])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ratios(shape):
+    """Entropies cost at most a tenth of the loss, and no provider of torch's is faster (5% for noise)."""
+    times = in_turns(training_providers(*SHAPES[shape]), ROUNDS)
+    print(f"\nforward + backward, {shape} {SHAPES[shape]}, {torch.get_num_threads()} threads")
+    ratios = {}
+    for name, seconds in times.items():
+        ratios[name] = statistics.median(a / b for a, b in zip(seconds, times["loss"]))
+        print(f"  {name:40} {min(seconds):8.3f} s at best   {ratios[name]:6.2f} times the loss alone")
+    assert ratios["loss + entropy"] < 1.1
+    assert all(ratio > 0.95 for name, ratio in ratios.items() if name.startswith("torch"))
+
+
+def in_turns(providers: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every provider in every round; all of them run once in each round, after one warm-up."""
+    times = {name: [] for name in providers}
+    for run in providers.values():
+        run()
+    for _ in range(rounds):
+        for name, run in providers.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return times
