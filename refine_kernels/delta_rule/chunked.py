@@ -129,9 +129,9 @@ def backward(
         initial = new_zeros(b * h, kd, vd) if initial_state is None else _state_of(initial_state, owner, q)
         d_state = None if d_final is None else _state_of(d_final, owner, q)
         segments = list(_segments(begin, end, b * h))
-        starts = [initial, *checkpoints[kept : kept + len(segments) - 1].view(-1, b * h, kd, vd)]
-        kept += max(len(segments) - 1, 0)
-        for (start, n, c), state in zip(reversed(segments), reversed(starts[: len(segments)])):
+        first_kept, kept = kept, kept + max(len(segments) - 1, 0)
+        starts = [initial, *checkpoints[first_kept:kept].flatten(1, 2)]
+        for (start, n, c), state in reversed(list(zip(segments, starts))):
             tokens = slice(start, start + n * c)
             seg = _prepare(*(x if x is None else x[:, tokens] for x in (q, k, v, beta, g)), c, scale, l2norm)
             d_before: list[torch.Tensor | None] = [None] * n  # what arrives at the state before each chunk

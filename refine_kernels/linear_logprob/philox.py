@@ -112,29 +112,23 @@ def philox4x32(seed: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     Returns:
         int64 in ``[0, 2^32)``, the broadcast shape.
     """
+    shape = torch.broadcast_shapes(seed.shape, offset.shape)
     k0, k1 = seed & _LOW_32, (seed >> 32) & _LOW_32
-    # Before the first round the counter is (offset, 0, 0, 0): the first round is written out, because
-    # two of its four words then depend on the seed or on the column alone.
+    # The first round, from the counter (offset, 0, 0, 0).
     product = offset * _ROUND_A
-    c0, c1, c2, c3 = k0, None, ((product >> 32) ^ k1) & _LOW_32, product
-    for r in range(1, _ROUNDS):
+    c0 = k0.expand(shape).clone()
+    c1 = torch.zeros_like(c0)
+    c2 = (((product >> 32) ^ k1) & _LOW_32).expand(shape).clone()
+    c3 = product.expand(shape).clone()
+    # Nine more, in place. c1 and c3 are the low halves of the last products; their high halves stay where
+    # they are, and only fall to the mask after the exclusive or.
+    for _ in range(1, _ROUNDS):
         k0, k1 = (k0 + _KEY_A) & _LOW_32, (k1 + _KEY_B) & _LOW_32
-        product_a, product_b = c0 * _ROUND_A, c2 * _ROUND_B
-        # c1 and c3 are the low halves of the last products. Their high halves are left in place, and only
-        # fall to the mask after the exclusive or: one operation fewer for each word and round.
-        c0 = _high_half_xor(product_b, c1, k0)
-        if r < _ROUNDS - 1:
-            c2 = _high_half_xor(product_a, c3, k1)
+        product_a, product_b = c0.mul_(_ROUND_A), c2.mul_(_ROUND_B)
+        c0 = c1.bitwise_xor_(product_b >> 32).bitwise_xor_(k0).bitwise_and_(_LOW_32)
+        c2 = c3.bitwise_xor_(product_a >> 32).bitwise_xor_(k1).bitwise_and_(_LOW_32)
         c1, c3 = product_b, product_a
     return c0
-
-
-def _high_half_xor(product: torch.Tensor, word: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
-    """The low 32 bits of ``(product >> 32) ^ word ^ key``."""
-    high = (product >> 32) ^ key
-    if word is not None:
-        high = high ^ word
-    return high.bitwise_and_(_LOW_32)
 
 
 def _splitmix64(x: int | torch.Tensor) -> int | torch.Tensor:
