@@ -11,6 +11,7 @@ from transformers.utils import CONFIG_NAME
 from refine.models.causal_lm import FastWeightForCausalLM
 from refine.models.delta_net import DeltaNetForCausalLM
 from refine.models.gated_delta_net import GatedDeltaNetForCausalLM
+from refine.models.initialization import mimetic_init_
 
 MODELS: dict[str, type[FastWeightForCausalLM]] = {
     model.config_class.model_type: model for model in (DeltaNetForCausalLM, GatedDeltaNetForCausalLM)
@@ -75,17 +76,26 @@ def load_model(path_or_name: str | Path, **overrides) -> FastWeightForCausalLM:
     return model
 
 
-def new_model(model_type: str, *, seed: int = 0, **settings) -> FastWeightForCausalLM:
+def new_model(
+    model_type: str, *, seed: int = 0, mimetic_init: bool = False, **settings
+) -> FastWeightForCausalLM:
     """A freshly initialised model of the given type.
 
+    Args:
+        model_type: ``delta_net`` or ``gated_deltanet``.
+        seed: of the random weights; torch's global generator is left as it is.
+        mimetic_init: begin near in-context recall, see :mod:`refine.models.initialization`.
+        **settings: of the model's configuration.
+
     Raises:
-        ValueError: the type is none of ours.
+        ValueError: the type is none of ours, or a setting cannot be.
     """
     if model_type not in MODELS:
         raise ValueError(f"model_type must be one of {', '.join(sorted(MODELS))}, got {model_type!r}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return MODELS[model_type](MODELS[model_type].config_class(**settings))
+        model = MODELS[model_type](MODELS[model_type].config_class(**settings))
+        return mimetic_init_(model) if mimetic_init else model
 
 
 def _read_config(path_or_name: str | Path, where: dict) -> tuple[str, dict]:

@@ -25,7 +25,9 @@ def load_parts(settings: TrainSettings, resume: Path | None) -> tuple[Any, Any]:
         overrides = {"vocab_size": len(tokenizer)} | _special_tokens(tokenizer) | settings.config_overrides
         _check_vocabulary(tokenizer, overrides["vocab_size"])
         try:
-            model = new_model(settings.model_type, seed=settings.seed, **overrides)
+            model = new_model(
+                settings.model_type, seed=settings.seed, mimetic_init=settings.mimetic_init, **overrides
+            )
         except (ValueError, TypeError) as error:
             raise SettingsError(str(error)) from error
     else:

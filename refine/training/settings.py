@@ -48,6 +48,9 @@ class TrainSettings(RefineConfig):
     config_overrides: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "model configuration, as key=value,key=value"}
     )
+    mimetic_init: bool = field(
+        default=False, metadata={"help": "begin a new model near in-context recall (arXiv 2410.11135)"}
+    )
     tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "default: the model's own"})
 
     dataset_name_or_path: str | None = field(
@@ -160,6 +163,8 @@ class TrainSettings(RefineConfig):
             )
         if self.config_overrides and not self.model_type:
             raise SettingsError("config_overrides describe a new model: they need model_type")
+        if self.mimetic_init and not self.model_type:
+            raise SettingsError("mimetic_init is about a new model: it needs model_type")
         if not 0 < self.recall_weight < 1:
             raise SettingsError(f"recall_weight must be over 0 and under 1, got {self.recall_weight}")
         if self.min_length is None:

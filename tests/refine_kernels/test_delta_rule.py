@@ -132,6 +132,15 @@ def test_options_left_out():
     )
 
 
+def test_no_rows():
+    """A batch of branches may be empty."""
+    outputs = run(make_inputs(0, 5, 2, 8, 4), state_stride=64)
+    assert outputs["states"].shape == (0, 1, 2, 8, 4) and outputs["dq"].shape == (0, 5, 2, 8)
+    with torch.no_grad():
+        token = run(make_inputs(0, 1, 2, 8, 4), recurrent_delta_rule, with_gradients=False)
+    assert token["o"].shape == (0, 1, 2, 4)
+
+
 @pytest.mark.parametrize(
     "frozen", [{"q", "k"}, {"v", "beta", "g"}, {"initial_state"}], ids=lambda x: "+".join(sorted(x))
 )

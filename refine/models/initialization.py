@@ -1,0 +1,46 @@
+"""Random weights from which in-context recall is learnt quickly: a mimetic initialisation for the delta rule.
+
+A layer that recalls does one thing: at token b it looks for the place where b stood before and brings back what
+followed. From independent random weights small models take very long to find this; a state-space model that
+begins near it learns recall at once (Trockman et al., "Mimetic Initialization Helps State Space Models Learn to
+Recall", arXiv 2410.11135). For the delta rule, beginning near it means:
+
+- queries and keys look at tokens the same way: ``W_q = W_k``;
+- the keys' convolution takes the token before, the queries' and the values' the token itself, so that the value
+  of a token is stored under its predecessor;
+- the output brings a value back as what it was: ``W_v`` orthogonal and ``W_o`` its transpose.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from refine.models.causal_lm import FastWeightForCausalLM
+from refine.models.delta_net import DeltaNetAttention
+
+
+@torch.no_grad()
+def mimetic_init_(model: FastWeightForCausalLM, strength: float = 2.0) -> FastWeightForCausalLM:
+    """Put every token mixer of ``model`` near recall, in place; embeddings and MLPs stay as they are.
+
+    Args:
+        model: a freshly initialised model whose layers are delta-rule layers.
+        strength: how much of what is recalled a layer adds to the residual stream, in units of an embedding.
+
+    Raises:
+        ValueError: a layer is of another kind, or a convolution is narrower than two tokens.
+    """
+    for layer in model.model.layers:
+        attention = layer.attn
+        if not isinstance(attention, DeltaNetAttention) or attention.conv_size < 2:
+            raise ValueError("mimetic_init needs delta-rule layers with convolutions of at least two tokens")
+        nn.init.orthogonal_(attention.k_proj.weight)
+        attention.q_proj.weight.copy_(attention.k_proj.weight)
+        nn.init.orthogonal_(attention.v_proj.weight)
+        attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+        attention.o_proj.weight.mul_(strength * model.config.initializer_range)
+        for convolution, tap in ((attention.q_conv1d, -1), (attention.k_conv1d, -2), (attention.v_conv1d, -1)):
+            nn.init.normal_(convolution.weight, std=0.02)
+            convolution.weight[:, 0, tap] += 1.0
+    return model
