@@ -43,7 +43,9 @@ def test_shared_prefix_over_sft(benchmark, chunks):
 
 def test_per_prefix_over_sft(benchmark, steps):
     found = benchmark.pedantic(
-        lambda: step_cost.seconds(steps["per_prefix"]) / step_cost.seconds(steps["sft"]), rounds=1, iterations=1
+        lambda: step_cost.seconds(steps["per_prefix"]) / step_cost.seconds(steps["sft"]),
+        rounds=1,
+        iterations=1,
     )
     add_ratio(f"the paper's way, c=8, k=5, T={TOKENS}", "SFT step", found, "counted: 14.7")
 

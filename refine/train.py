@@ -69,9 +69,8 @@ def train(settings: TrainSettings) -> Path:
     model.to(device)
     data = data_config(settings)
     stream = training_stream(data, tokenizer)
-    held_out = []
-    if settings.eval_samples:
-        held_out = list(islice(held_out_stream(data, tokenizer).batches(1), settings.eval_samples))
+    held_out_text = held_out_stream(data, tokenizer) if settings.eval_samples else None
+    held_out = list(islice(held_out_text.batches(1), settings.eval_samples)) if held_out_text else []
 
     optimizer = _optimizer(model, settings)
     schedule = get_scheduler(

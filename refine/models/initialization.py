@@ -21,7 +21,7 @@ from refine.models.delta_net import DeltaNetAttention
 
 
 @torch.no_grad()
-def mimetic_init_(model: FastWeightForCausalLM, strength: float = 2.0) -> FastWeightForCausalLM:
+def mimetic_init_(model: FastWeightForCausalLM, strength: float = 4.0) -> FastWeightForCausalLM:
     """Put every token mixer of ``model`` near recall, in place; embeddings and MLPs stay as they are.
 
     Args:
@@ -40,7 +40,11 @@ def mimetic_init_(model: FastWeightForCausalLM, strength: float = 2.0) -> FastWe
         nn.init.orthogonal_(attention.v_proj.weight)
         attention.o_proj.weight.copy_(attention.v_proj.weight.T)
         attention.o_proj.weight.mul_(strength * model.config.initializer_range)
-        for convolution, tap in ((attention.q_conv1d, -1), (attention.k_conv1d, -2), (attention.v_conv1d, -1)):
+        for convolution, tap in (
+            (attention.q_conv1d, -1),
+            (attention.k_conv1d, -2),
+            (attention.v_conv1d, -1),
+        ):
             nn.init.normal_(convolution.weight, std=0.02)
             convolution.weight[:, 0, tap] += 1.0
     return model

@@ -76,7 +76,11 @@ def _load_tokenizer(source: str | Path):
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0] if Path(source).exists() else "it is neither a folder nor a hub name here"
+        reason = (
+            str(error).split("\n")[0]
+            if Path(source).exists()
+            else "it is neither a folder nor a hub name here"
+        )
         raise SettingsError(f"no tokenizer can be loaded from {str(source)!r}: {reason}") from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,9 +1,11 @@
 """Generated documents of long-range recall: facts scattered in real text, and asked again much later.
 
 A fast-weight model remembers its context in its state alone, and ordinary documents hardly teach it to. These
-do: what they ask can be answered only from a line that stood up to thousands of tokens before. Four formats,
-from dense to sparse: ``pairs`` (rounds of key and value, asked again in other orders), ``copies`` (passages
-that return word for word), ``names`` (``red_fox = 48``) and ``facts`` (sentences), both amid code or prose.
+do: what they ask can be answered only from a line that stood up to thousands of tokens before. Five formats,
+from dense to sparse: ``lists`` (words without any order that come a second time), ``pairs`` (rounds of key and
+value, asked again in other orders), ``copies`` (passages that return word for word), ``names`` (``red_fox = 48``)
+and ``facts`` (sentences), both amid code or prose. ``lists`` are what a small model learns to recall from: their
+words are of the whole vocabulary, and nothing but the first reading tells the second.
 
 ``recall_document`` makes training text. ``recall_items`` makes the test: a document up to a question, the
 answer, and what guessing would score. Everything follows from the seed, the index, the split and the default
@@ -13,14 +15,15 @@ text of this Python; no tokenizer and no model is known here.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 from refine.training.default_text import SPLITS, Document, default_document, default_names
 
-FORMATS = ("pairs", "copies", "names", "facts")
-QUESTION_FORMATS = ("pairs", "names", "facts")  # those of which recall_items can ask
+FORMATS = ("lists", "pairs", "copies", "names", "facts")
+QUESTION_FORMATS = ("lists", "pairs", "names", "facts")  # those of which recall_items can ask
 VALUE_KINDS = ("word", "digit", "number")
 
 ADJECTIVES = (  # noqa: SIM905
@@ -38,7 +41,7 @@ WORDS = (  # noqa: SIM905
     "smoke earth moon star sun cloud dawn"
 ).split()
 
-_WEIGHTS = {"pairs": 1.0, "copies": 1.0, "names": 1.5, "facts": 2.0}  # how often a format is drawn
+_WEIGHTS = {"lists": 4.0, "pairs": 2.0, "copies": 1.0, "names": 1.0, "facts": 1.0}  # how often each is drawn
 
 
 class RecallItem(NamedTuple):
@@ -102,9 +105,14 @@ def recall_items(
             prompt=body + facts[0].question,
             answer=facts[0].answer,
             format=format,
-            chance=max(map(answers.count, answers)) / len(answers),
+            chance=1 / len(facts[0].statement.split()) if format == "lists" else _chance(answers),
             distance=len(body) - body.index(facts[0].statement) - len(facts[0].statement),
         )
+
+
+def _chance(answers: list[str]) -> float:
+    """What always giving the most frequent value scores."""
+    return max(map(answers.count, answers)) / len(answers)
 
 
 def _body(
@@ -112,6 +120,8 @@ def _body(
 ) -> tuple[str, list[_Fact]]:
     """A text up to its final questions, and all its facts in the order in which they are to be asked there.
     The first of these was not asked in the text."""
+    if format == "lists":
+        return _lists(rng, target_chars, split)
     if format == "pairs":
         return _pairs(rng, value_kind, target_chars)
     density = 160 if format == "names" else 200  # characters a fact, at the most
@@ -136,6 +146,24 @@ def _body(
         if known and rng.random() < 0.3:
             parts.append(rng.choice(known).asked())
     return "".join(parts) + "\n", order
+
+
+def _lists(rng: random.Random, target_chars: int, split: str) -> tuple[str, list[_Fact]]:
+    """Lines of words drawn from a default document, each line twice; one stands once, early, and the question
+    is how it goes on."""
+    vocabulary = sorted(set(re.findall(r"[A-Za-z]{3,9}", _filler(rng.choice(default_names(split))))))
+    size = rng.randint(8, 32)
+    words = rng.sample(vocabulary, min(size, len(vocabulary)))
+    line = " ".join(words) + "\n"
+    cut = rng.randint(2, len(words) - 2)
+    question, closing = " ".join(words[:cut]), "".join(f" {word}" for word in words[cut + 1 :]) + "\n"
+    parts = [line]
+    while sum(map(len, parts)) + len(line) < target_chars:
+        parts.append((" ".join(rng.choices(vocabulary, k=size)) + "\n") * 2)
+    place = rng.randrange(1 + len(parts) // 3)
+    parts[0], parts[place] = parts[place], parts[0]
+    fact = _Fact(statement=line, question=question, answer=f" {words[cut]}", closing=closing)
+    return "".join(parts), [fact]
 
 
 def _pairs(rng: random.Random, value_kind: str, target_chars: int) -> tuple[str, list[_Fact]]:
