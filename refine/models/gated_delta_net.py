@@ -70,10 +70,12 @@ class GatedDeltaNetAttention(DeltaNetAttention):
         self.reset_decay()
 
     @torch.no_grad()
-    def reset_decay(self) -> None:
-        """Mamba-2's initial decay: A uniform in [0, 16], softplus(dt_bias) log-uniform in [0.001, 0.1]."""
-        self.A_log.uniform_(1e-3, 16).log_()
-        dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp_().clamp_min_(1e-4)
+    def reset_decay(self, largest_rate: float = 16.0, steps: tuple[float, float] = (1e-3, 1e-1)) -> None:
+        """Draw the decay anew, by default as Mamba-2 does: A uniform up to ``largest_rate``, softplus(dt_bias)
+        log-uniform between ``steps``.
+        """
+        self.A_log.uniform_(1e-3, largest_rate).log_()
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(steps[0]), math.log(steps[1])).exp_()
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
     def log_decay(self, x: torch.Tensor) -> torch.Tensor:

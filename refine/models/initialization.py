@@ -8,7 +8,8 @@ Recall", arXiv 2410.11135). For the delta rule, beginning near it means:
 - queries and keys look at tokens the same way: ``W_q = W_k``;
 - the keys' convolution takes the token before, the queries' and the values' the token itself, so that the value
   of a token is stored under its predecessor;
-- the output brings a value back as what it was: ``W_v`` orthogonal and ``W_o`` its transpose.
+- the output brings a value back as what it was: ``W_v`` orthogonal and ``W_o`` its transpose;
+- where the state decays, it does so slowly: over hundreds of tokens instead of a handful.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 
 from refine.models.causal_lm import FastWeightForCausalLM
 from refine.models.delta_net import DeltaNetAttention
+from refine.models.gated_delta_net import GatedDeltaNetAttention
 
 
 @torch.no_grad()
@@ -29,12 +31,15 @@ def mimetic_init_(model: FastWeightForCausalLM, strength: float = 4.0) -> FastWe
         strength: how much of what is recalled a layer adds to the residual stream, in units of an embedding.
 
     Raises:
-        ValueError: a layer is of another kind, or a convolution is narrower than two tokens.
+        ValueError: a layer is of another kind, its convolution is narrower than two tokens, or it has an output
+            gate (which at the start multiplies all that is recalled by a random sign).
     """
     for layer in model.model.layers:
         attention = layer.attn
         if not isinstance(attention, DeltaNetAttention) or attention.conv_size < 2:
             raise ValueError("mimetic_init needs delta-rule layers with convolutions of at least two tokens")
+        if attention.g_proj is not None:
+            raise ValueError("mimetic_init needs use_gate=false: a random output gate hides what is recalled")
         nn.init.orthogonal_(attention.k_proj.weight)
         attention.q_proj.weight.copy_(attention.k_proj.weight)
         nn.init.orthogonal_(attention.v_proj.weight)
@@ -47,4 +52,6 @@ def mimetic_init_(model: FastWeightForCausalLM, strength: float = 4.0) -> FastWe
         ):
             nn.init.normal_(convolution.weight, std=0.02)
             convolution.weight[:, 0, tap] += 1.0
+        if isinstance(attention, GatedDeltaNetAttention):
+            attention.reset_decay(largest_rate=1.0, steps=(1e-4, 1e-2))
     return model

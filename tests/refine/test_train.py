@@ -17,7 +17,6 @@ import yaml
 import refine
 import refine.train as training
 from refine.training import checkpoint
-from refine.training.parts import packaged_model
 from refine.training.tracking import read_metrics
 
 SMALL = {
@@ -234,11 +233,3 @@ def test_an_unreadable_setting_does_not_touch_an_existing_run(tmp_path, text_fil
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     assert run(tmp_path, "no/such.jsonl", overwrite_output_dir=True) == 2
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
-
-
-def test_a_packaged_model_is_there_and_small():
-    folder = packaged_model()
-    size = sum(p.stat().st_size for p in folder.iterdir())
-    assert size < 8e6
-    model = refine.load_model(folder)
-    assert model.config.model_type == "delta_net"
