@@ -33,11 +33,12 @@ test-all: lint
 bench: setup
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
-# The recipe of the model inside the package: tokenizer, next-token training, half-precision weights, report.
+# The recipe of the model inside the package: tokenizer, next-token training, float16 weights, report.
 pretrain-tiny: setup
 	$(BIN)/python -m refine.training.tokenizer --output_dir runs/tiny-tokenizer
 	$(BIN)/python -m refine.train --config configs/pretrain_tiny.yaml --overwrite_output_dir
-	$(BIN)/python -m refine.assets.make_tiny --checkpoint runs/pretrain-tiny/final --output_dir runs/tiny-delta-net
+	$(BIN)/python -m refine.models.export --model runs/pretrain-tiny/final --output_dir runs/tiny-delta-net
+	$(BIN)/python -m refine.eval --model runs/tiny-delta-net
 
 clean:
 	rm -rf $(VENV) runs .benchmarks .pytest_cache .ruff_cache build dist *.egg-info

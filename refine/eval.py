@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from refine.evaluation.held_out import evaluate_held_out
 from refine.evaluation.recall import evaluate_recall
@@ -28,6 +29,7 @@ TASKS = ("held_out", "recall")
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate from the command line; prints a table and, with ``--output_dir``, writes results.json."""
     options = _parser().parse_args(arguments)
+    disable_progress_bar()
     try:
         for task in options.tasks:
             if task not in TASKS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import get_scheduler
+from transformers.utils.logging import disable_progress_bar
 
 from refine.evaluation.held_out import evaluate_held_out
 from refine.method.step import RefineStepOutput, next_token_targets, refine_step
@@ -29,7 +31,7 @@ from refine.training.data import Batch, DataError, held_out_stream, training_str
 from refine.training.parts import choose_device, data_config, load_parts
 from refine.training.plots import draw_plots
 from refine.training.settings import SettingsError, TrainSettings, parse_settings, to_yaml
-from refine.training.tracking import Tracker, write_samples
+from refine.training.tracking import Tracker, check_reporters, write_samples
 from refine_kernels.linear_logprob import mix_seeds
 
 EVALUATED = ("eval_loss", "eval_accuracy", "eval_cosine", "eval_exact_match")
@@ -41,10 +43,11 @@ class TrainingStopped(RuntimeError):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; 0 when the run ended well, 1 or 2 with one sentence when it did not."""
+    disable_progress_bar()  # of loading and saving; a run shows its own
     try:
         settings = parse_settings(sys.argv[1:] if arguments is None else arguments)
         train(settings)
-    except (SettingsError, DataError, FileNotFoundError, checkpoint.CheckpointError, ImportError) as error:
+    except (SettingsError, DataError, FileNotFoundError, checkpoint.CheckpointError) as error:
         print(f"refine.train: {error}", file=sys.stderr)
         return 2
     except TrainingStopped as error:
@@ -64,6 +67,7 @@ def train(settings: TrainSettings) -> Path:
     started = time.time()
     output_dir = Path(settings.output_dir)
     resume = _check_output_dir(settings, output_dir)
+    check_reporters(settings.report_to)
     device = choose_device(settings)
     model, tokenizer = load_parts(settings, resume[0] if resume else None)
     model.to(device)
@@ -324,8 +328,6 @@ def _check_output_dir(settings: TrainSettings, output_dir: Path) -> tuple[Path, 
 
 def _clear(output_dir: Path) -> None:
     """Remove what an earlier run of ours wrote, and nothing else."""
-    import shutil
-
     for pattern in ("checkpoint-*", "final", "final.partial", "samples", "tensorboard"):
         for path in output_dir.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)

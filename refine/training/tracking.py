@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
 from typing import Any
+
+from refine.training.settings import SettingsError
 
 
 class Tracker:
@@ -18,8 +21,6 @@ class Tracker:
         settings: logged once with the reporters.
         step: lines after this step are dropped first, so that a resumed run has no line twice.
 
-    Raises:
-        ImportError: a reporter is asked for whose package is missing.
     """
 
     def __init__(
@@ -36,16 +37,12 @@ class Tracker:
         self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard = self._wandb = None
         if "tensorboard" in report_to:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ImportError("report_to tensorboard needs `pip install tensorboard`") from error
+            from torch.utils.tensorboard import SummaryWriter
+
             self._tensorboard = SummaryWriter(output_dir / "tensorboard", purge_step=step + 1)
         if "wandb" in report_to:
-            try:
-                import wandb
-            except ImportError as error:
-                raise ImportError("report_to wandb needs `pip install wandb`") from error
+            import wandb
+
             self._wandb = wandb.init(project="refine", name=run_name, config=settings, dir=str(output_dir))
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -67,6 +64,17 @@ class Tracker:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def check_reporters(report_to: list[str]) -> None:
+    """Whether every reporter asked for is installed.
+
+    Raises:
+        SettingsError: one is not.
+    """
+    for name in report_to:
+        if importlib.util.find_spec(name) is None:
+            raise SettingsError(f"report_to {name} needs its package: pip install {name}")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

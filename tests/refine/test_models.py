@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import refine
-from refine.models import DeltaNetConfig, DeltaNetForCausalLM, GatedDeltaNetConfig, new_model
+from refine.models import DeltaNetConfig, DeltaNetForCausalLM, GatedDeltaNetConfig, export, new_model
 from refine.models.head import HiddenOnly, NextTokenLoss, SampleToken, TokenLogprob
+from refine.training.parts import packaged_model
 from tests.numerics import assert_close
 from tests.refine.tiny import FAMILIES, VOCABULARY, ragged_batch, tiny_model
 
@@ -260,3 +262,18 @@ def test_configs_refuse_sizes_that_do_not_divide():
 def test_inputs_are_one_of_three():
     with pytest.raises(ValueError, match="exactly one of"):
         tiny_model()()
+
+
+def test_export_rounds_and_refuses_to_overwrite(tmp_path, capsys):
+    source, target = tmp_path / "source", tmp_path / "target"
+    model = tiny_model(dtype=torch.float32)
+    model.save_pretrained(source)
+    for path in packaged_model().glob("tokenizer*"):
+        shutil.copy(path, source)
+    arguments = ["--model", str(source), "--output_dir", str(target)]
+    assert export.main(arguments) == 0
+    rounded = refine.load_model(target)
+    assert rounded.dtype == torch.float16
+    assert torch.equal(rounded.model.norm.weight, model.model.norm.weight.half())
+    assert export.main(arguments) == 2
+    assert "holds a model already" in capsys.readouterr().err

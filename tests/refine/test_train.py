@@ -208,9 +208,13 @@ def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, text_file, monk
         ({"tokenizer_name_or_path": "no/tokenizer"}, "no/tokenizer"),
         ({"device": "warp"}, "device 'warp'"),
         ({"resume_from_checkpoint": "no/folder"}, "no/folder"),
+        ({"report_to": "wandb"}, "report_to wandb needs its package"),
     ],
 )
-def test_bad_input_is_one_sentence_before_anything_is_written(tmp_path, text_file, changes, message, capsys):
+def test_bad_input_is_one_sentence_before_anything_is_written(
+    tmp_path, text_file, changes, message, capsys, monkeypatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no reporter is installed
     folder = tmp_path / "run"
     assert run(folder, changes.pop("dataset_name_or_path", text_file), **changes) == 2
     printed = capsys.readouterr().err.strip()
