@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if settings.eval_samples < 1:
             raise SettingsError(f"samples must be at least 1, got {settings.eval_samples}")
+        if min(options.recall_tokens) < 64:
+            raise SettingsError(f"recall_tokens must be at least 64 each, got {min(options.recall_tokens)}")
         device = choose_device(settings)
         model, tokenizer = load_parts(settings, None)
         model.to(device)
@@ -55,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
                 model, islice(stream.batches(1), settings.eval_samples), settings, settings.seed
             )
         if "recall" in options.tasks:
-            results |= _recall(model, tokenizer, settings)
+            for tokens in options.recall_tokens:
+                results |= _recall(model, tokenizer, settings, tokens)
     except (SettingsError, DataError, FileNotFoundError) as error:
         print(f"refine.eval: {error}", file=sys.stderr)
         return 2
@@ -70,12 +73,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _recall(model, tokenizer, settings: TrainSettings) -> dict[str, float]:
-    """Recall over documents that fill ``max_length`` tokens."""
-    sample = [item.prompt for item in recall_items(settings.seed, 6)]
+def _recall(model, tokenizer, settings: TrainSettings, tokens: int) -> dict[str, float]:
+    """Recall over documents of about so many tokens; the names of the results carry the number."""
+    sample = [item.prompt for item in recall_items(settings.seed, 8, 4 * tokens)]
     per_token = sum(map(len, sample)) / sum(len(tokenizer(text)["input_ids"]) for text in sample)
-    items = recall_items(settings.seed, settings.eval_samples, int(0.9 * per_token * settings.max_length))
-    return evaluate_recall(model, tokenizer, items)
+    items = recall_items(settings.seed, settings.eval_samples, int(per_token * tokens))
+    found = evaluate_recall(model, tokenizer, items)
+    return {name.replace("recall_", f"recall_{tokens}_", 1): value for name, value in found.items()}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=", ".join(TASKS))
     parser.add_argument("--dataset_name_or_path", default=None, help="text for held_out (default: our own)")
     parser.add_argument("--max_length", type=int, default=2048, help="tokens a document")
+    parser.add_argument(
+        "--recall_tokens", nargs="+", type=int, default=[128, 512, 2048], help="lengths of recall documents"
+    )
     parser.add_argument("--samples", type=int, default=96, help="documents a task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=None)

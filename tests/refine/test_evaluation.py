@@ -69,8 +69,9 @@ def test_recall_counts_the_items_whose_whole_answer_is_most_likely():
 
 
 def test_eval_command_prints_and_writes(tmp_path, capsys):
-    assert refine.eval.main(["--samples", "2", "--max_length", "400", "--output_dir", str(tmp_path)]) == 0
-    assert "recall_accuracy" in capsys.readouterr().out
+    arguments = ["--samples", "2", "--max_length", "400", "--recall_tokens", "128", "300"]
+    assert refine.eval.main([*arguments, "--output_dir", str(tmp_path)]) == 0
+    assert "recall_300_accuracy" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert results["eval_sequences"] == 2
 
@@ -81,6 +82,7 @@ def test_eval_command_prints_and_writes(tmp_path, capsys):
         (["--tasks", "reecall"], "tasks must be of held_out, recall, got 'reecall'"),
         (["--model", "no/model"], "no/model"),
         (["--samples", "0"], "samples must be at least 1"),
+        (["--recall_tokens", "8"], "recall_tokens must be at least 64"),
         (["--max_length", "10"], "max_length must be at least"),
     ],
 )
