@@ -1,7 +1,8 @@
 """``python -m refine.eval``: measure a model on held-out text and on in-context recall.
 
 Tasks: ``held_out`` (next-token loss and accuracy, and the rewards of rollouts, on text that training does not
-see) and ``recall`` (questions about generated documents whose answers stood long before).
+see), ``copying`` (random tokens that come a second time) and ``recall`` (questions about generated documents whose
+answers stood long before).
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from refine.evaluation.held_out import evaluate_held_out
-from refine.evaluation.recall import evaluate_recall
+from refine.evaluation.recall import evaluate_copying, evaluate_recall
 from refine.training.data import DataError, held_out_stream
 from refine.training.parts import choose_device, data_config, load_parts
 from refine.training.recall import recall_items
 from refine.training.settings import SettingsError, TrainSettings
 
-TASKS = ("held_out", "recall")
+TASKS = ("held_out", "copying", "recall")
+COPY_DISTANCES = (32, 64, 128)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,6 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
             results |= evaluate_held_out(
                 model, islice(stream.batches(1), settings.eval_samples), settings, settings.seed
             )
+        if "copying" in options.tasks:
+            for distance in COPY_DISTANCES:
+                found = evaluate_copying(model, len(tokenizer), distance, options.samples, options.seed)
+                results |= {name.replace("_", f"_{distance}_", 1): value for name, value in found.items()}
         if "recall" in options.tasks:
             for tokens in options.recall_tokens:
                 results |= _recall(model, tokenizer, settings, tokens)

@@ -1,4 +1,8 @@
-"""In-context recall: does a model still know, at the end of a document, what its beginning said?"""
+"""In-context recall: does a model still know, at the end of a document, what its beginning said?
+
+Two measures. *Copying*: random tokens that come a second time, the purest form (what is asked can be known from
+the first reading alone). *Questions*: a word that a document stated once, early, amid other text.
+"""
 
 from __future__ import annotations
 
@@ -55,3 +59,33 @@ def evaluate_recall(model, tokenizer, items: Iterable[RecallItem], batch_size: i
         of_format = [ok for ok, item in zip(right, items) if item.format == name]
         result[f"recall_accuracy_{name}"] = sum(of_format) / len(of_format)
     return result
+
+
+@torch.no_grad()
+def evaluate_copying(
+    model, vocabulary: int, distance: int, sequences: int, seed: int = 0
+) -> dict[str, float]:
+    """How often a model's best guess is right where ``distance`` random tokens come a second time.
+
+    Args:
+        vocabulary: tokens are drawn from ids under this.
+        distance: tokens between the two readings, at least 2.
+        sequences: how many are tried.
+        seed: of the random tokens.
+
+    Returns:
+        ``copy_accuracy`` over all but the first token of the second reading, and ``copy_chance``, what guessing
+        among the tokens of the first reading scores.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    once = torch.randint(vocabulary, (sequences, distance), generator=generator)
+    right = 0
+    for rows in once.split(8):
+        rows = rows.to(device)
+        greedy = model(torch.cat([rows, rows], 1), use_cache=False, head=SampleToken(temperature=0.0)).token
+        right += (greedy[:, distance:-1] == rows[:, 1:]).sum().item()
+    model.train(was_training)
+    return {"copy_accuracy": right / (sequences * (distance - 1)), "copy_chance": 1 / distance}

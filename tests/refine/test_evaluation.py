@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer
 import refine.eval
 from refine import RefineConfig
 from refine.evaluation.held_out import evaluate_held_out
-from refine.evaluation.recall import evaluate_recall
+from refine.evaluation.recall import evaluate_copying, evaluate_recall
 from refine.training.data import Batch
 from refine.training.parts import packaged_model
 from refine.training.recall import RecallItem
@@ -68,6 +69,28 @@ def test_recall_counts_the_items_whose_whole_answer_is_most_likely():
     assert result["recall_items"] == 3
 
 
+def test_copying_counts_the_second_reading_alone():
+    class Copier(torch.nn.Module):
+        """Says the token that followed the last earlier place of this one."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, ids, use_cache, head):
+            guess = torch.zeros_like(ids)
+            for b, row in enumerate(ids.tolist()):
+                for t, token in enumerate(row):
+                    before = [s for s in range(t) if row[s] == token]
+                    guess[b, t] = row[before[-1] + 1] if before else 0
+            return SimpleNamespace(token=guess)
+
+    found = evaluate_copying(Copier(), 10_000, 12, 10)
+    assert found["copy_accuracy"] > 0.95  # a token drawn twice can mislead it
+    assert found["copy_chance"] == 1 / 12
+    assert evaluate_copying(tiny_model(), 53, 20, 4)["copy_accuracy"] < 0.2
+
+
 def test_eval_command_prints_and_writes(tmp_path, capsys):
     arguments = ["--samples", "2", "--max_length", "400", "--recall_tokens", "128", "300"]
     assert refine.eval.main([*arguments, "--output_dir", str(tmp_path)]) == 0
@@ -79,7 +102,7 @@ def test_eval_command_prints_and_writes(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "reecall"], "tasks must be of held_out, recall, got 'reecall'"),
+        (["--tasks", "reecall"], "tasks must be of held_out, copying, recall, got 'reecall'"),
         (["--model", "no/model"], "no/model"),
         (["--samples", "0"], "samples must be at least 1"),
         (["--recall_tokens", "8"], "recall_tokens must be at least 64"),
@@ -96,10 +119,8 @@ def test_the_packaged_model_is_small_and_better_than_chance():
     assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
     model = refine.load_model(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    from refine.training.recall import recall_items
-
-    recall = evaluate_recall(model, tokenizer, recall_items(1, 40, 2000, formats=("lists",)))
-    assert recall["recall_accuracy"] > 3 * recall["recall_chance"]
+    found = evaluate_copying(model, len(tokenizer), 48, 16)
+    assert found["copy_accuracy"] > 10 * found["copy_chance"]
     text = "The grass is green and the sky is blue. " * 10
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     assert model(ids, labels=ids).loss < 3
