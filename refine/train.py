@@ -351,7 +351,10 @@ def _report(output_dir, before, after, counters, stream, plots, seconds) -> None
     print(f"\n{counters['step']} updates, {counters['tokens']:,} tokens, {seconds:.0f} s in all")
     if counters["skipped"]:
         print(f"{counters['skipped']} updates were skipped: their loss or gradient was not finite")
-    print(stream.counts)
+    read = stream.counts
+    print(f"data: {read.windows} sequences of {read.documents} documents read", end="")
+    left_out = {"too short": read.short_documents + read.short_windows, "bad rows": read.bad_rows}
+    print("".join(f", {count} {what} left out" for what, count in left_out.items() if count))
     if after:
         names = ("next-token loss", "next-token accuracy", "cosine reward", "binary reward")
         print(f"\nheld out ({after['eval_sequences']} sequences)   before     after    change")
