@@ -2,7 +2,7 @@
 
 from refine.models.delta_net import DeltaNetConfig, DeltaNetForCausalLM
 from refine.models.gated_delta_net import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
-from refine.models.loading import MODELS, load_config, load_model, new_model, register_auto_classes
+from refine.models.loading import MODELS, load_model, new_model, register_auto_classes
 from refine.models.state import FastWeightState, StateTrace
 
 register_auto_classes()
@@ -15,7 +15,6 @@ __all__ = [
     "GatedDeltaNetConfig",
     "GatedDeltaNetForCausalLM",
     "StateTrace",
-    "load_config",
     "load_model",
     "new_model",
 ]

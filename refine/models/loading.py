@@ -25,17 +25,6 @@ def register_auto_classes() -> None:
         AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
 
 
-def load_config(path_or_name: str | Path, **overrides) -> PretrainedConfig:
-    """The configuration of a checkpoint, checked.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: its ``model_type`` is none of ours, or it asks for something that is not implemented.
-    """
-    model_type, keys = _read_config(path_or_name, overrides)
-    return MODELS[model_type].config_class.from_dict(keys | overrides)
-
-
 def load_model(path_or_name: str | Path, **overrides) -> FastWeightForCausalLM:
     """Load DeltaNet or Gated DeltaNet from a local folder or a hub name.
 

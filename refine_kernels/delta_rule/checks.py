@@ -19,6 +19,7 @@ def check_inputs(
     beta: torch.Tensor,  # [B, T, H]
     g: torch.Tensor | None,  # [B, T, H]
 ) -> None:
+    """Shapes, dtypes and devices of q, k, v, beta and g agree."""
     if q.dim() != 4 or q.shape[1] < 1:
         raise ValueError(f"q must be [B, T, H, K] with T >= 1, got {_shape(q)}")
     if q.dtype not in FLOAT_DTYPES:
@@ -52,6 +53,7 @@ def check_state(
     q: torch.Tensor,  # [B, T, H, K]
     v: torch.Tensor,  # [B, T, H, V]
 ) -> None:
+    """The initial state has the shape, dtype and device that the inputs ask for."""
     if initial_state is None:
         return
     expected = (rows, q.shape[2], q.shape[3], v.shape[3])
@@ -68,6 +70,7 @@ def check_state(
 
 
 def check_state_stride(state_stride: int | None) -> None:
+    """The stride is a positive multiple of 64."""
     if state_stride is not None and (state_stride <= 0 or state_stride % STRIDE_UNIT):
         raise ValueError(
             f"state_stride must be a positive multiple of {STRIDE_UNIT} or None, got {state_stride}"
@@ -78,6 +81,7 @@ def check_cu_seqlens(
     cu_seqlens: torch.Tensor,  # [N + 1]
     q: torch.Tensor,  # [B, T, H, K]
 ) -> None:
+    """Packed sequences begin at 0, never go back and end at T."""
     if q.shape[0] != 1:
         raise ValueError(f"cu_seqlens packs sequences into one row: q must have B = 1, got {_shape(q)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -107,6 +111,7 @@ def check_indices(
     initial_state: torch.Tensor | None,  # [N, H, K, V]
     q: torch.Tensor,  # [B, T, H, K]
 ) -> None:
+    """State indices are whole numbers within the states; their range is read on a CPU or in debug mode alone."""
     if initial_state is None:
         raise ValueError("state_indices needs initial_state, got initial_state=None")
     if initial_state.dim() != 4:
