@@ -80,7 +80,7 @@ def train(settings: TrainSettings) -> Path:
     schedule = get_scheduler(
         settings.lr_scheduler_type, optimizer, settings.warmup_steps, num_training_steps=settings.max_steps
     )
-    counters = {"step": 0, "tokens": 0, "skipped": 0, "seconds": 0.0}
+    counters = {"step": 0, "tokens": 0, "skipped": 0}
     if resume:
         state = resume[1]
         optimizer.load_state_dict(state["optimizer"])
@@ -150,7 +150,6 @@ def train(settings: TrainSettings) -> Path:
                 step = counters["step"]
                 schedule.step()
                 counters["tokens"] += metrics["tokens"]
-                counters["seconds"] += time.time() - began
                 skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped"] else 0
                 counters["skipped"] += metrics["skipped"]
                 metrics |= {
