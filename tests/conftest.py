@@ -1,4 +1,9 @@
-"""Fixtures that every test may use, and the two settings that keep results equal from run to run."""
+"""Fixtures that every test may use, and the settings that keep results equal from run to run.
+
+Triton decides when a kernel is defined whether it will be compiled or interpreted. Without a GPU it is
+imported here, first of all, with its interpreter on; then the variable is taken back, so that a test runs
+the backend a user would get on this machine unless it asks for the ``interpreter`` fixture.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,35 @@ import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+INTERPRET = not torch.cuda.is_available()
+
+
+def _import_kernels() -> None:
+    """Import every file of kernels once, so that all of them are defined in the same mode."""
+    import importlib
+    import pkgutil
+
+    import refine_kernels
+
+    for module in pkgutil.walk_packages(refine_kernels.__path__, "refine_kernels."):
+        if "triton" in module.name.rpartition(".")[2]:
+            importlib.import_module(module.name)
+
+
+if INTERPRET:
+    _before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    _import_kernels()
+    if _before is None:
+        del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """Let ``backend="triton"`` (and the default backend) run on CPU tensors, where there is no GPU."""
+    if INTERPRET:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
