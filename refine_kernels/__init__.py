@@ -6,11 +6,14 @@ sequential PyTorch: the definition that every backend is tested against.
 """
 
 from refine_kernels.delta_rule import chunk_delta_rule, recurrent_delta_rule
+from refine_kernels.lact import LaCTState, chunk_lact
 from refine_kernels.linear_logprob import LinearLogprobOutput, linear_cross_entropy, linear_logprob
 
 __all__ = [
+    "LaCTState",
     "LinearLogprobOutput",
     "chunk_delta_rule",
+    "chunk_lact",
     "linear_cross_entropy",
     "linear_logprob",
     "recurrent_delta_rule",
