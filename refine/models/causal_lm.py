@@ -169,12 +169,17 @@ class FastWeightForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(module, nn.Linear | nn.Embedding):
             if not getattr(module.weight, "_is_hf_initialized", False):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
+            bias = getattr(module, "bias", None)
+            if bias is not None and not getattr(bias, "_is_hf_initialized", False):
+                nn.init.zeros_(bias)
         elif isinstance(module, ShortConvolution):
             if not getattr(module.weight, "_is_hf_initialized", False):
                 nn.init.kaiming_uniform_(module.weight, a=5**0.5)
         elif isinstance(module, RMSNorm):
             if not getattr(module.weight, "_is_hf_initialized", False):
                 nn.init.ones_(module.weight)
+        elif hasattr(module, "reset_fast_weights"):
+            module.reset_fast_weights()
         elif hasattr(module, "reset_decay") and not getattr(module.A_log, "_is_hf_initialized", False):
             module.reset_decay()
 

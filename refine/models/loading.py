@@ -12,10 +12,16 @@ from refine.models.causal_lm import FastWeightForCausalLM
 from refine.models.delta_net import DeltaNetForCausalLM
 from refine.models.gated_delta_net import GatedDeltaNetForCausalLM
 from refine.models.initialization import mimetic_init_
+from refine.models.lact import LaCTForCausalLM
 
 MODELS: dict[str, type[FastWeightForCausalLM]] = {
-    model.config_class.model_type: model for model in (DeltaNetForCausalLM, GatedDeltaNetForCausalLM)
+    model.config_class.model_type: model
+    for model in (DeltaNetForCausalLM, GatedDeltaNetForCausalLM, LaCTForCausalLM)
 }
+SHORT_NAMES = {
+    "lact": "lact_swiglu",
+    "gated_delta_net": "gated_deltanet",
+}  # what else a new model may be called
 
 
 def register_auto_classes() -> None:
@@ -26,7 +32,7 @@ def register_auto_classes() -> None:
 
 
 def load_model(path_or_name: str | Path, **overrides) -> FastWeightForCausalLM:
-    """Load DeltaNet or Gated DeltaNet from a local folder or a hub name.
+    """Load DeltaNet, Gated DeltaNet or LaCT from a local folder or a hub name.
 
     Args:
         path_or_name: a folder with ``config.json`` and safetensors weights, or a hub name.
@@ -71,7 +77,7 @@ def new_model(
     """A freshly initialised model of the given type.
 
     Args:
-        model_type: ``delta_net`` or ``gated_deltanet``.
+        model_type: ``delta_net``, ``gated_deltanet`` or ``lact_swiglu`` (``lact`` for short).
         seed: of the random weights; torch's global generator is left as it is.
         mimetic_init: begin near in-context recall, see :mod:`refine.models.initialization`.
         **settings: of the model's configuration.
@@ -79,8 +85,9 @@ def new_model(
     Raises:
         ValueError: the type is none of ours, or a setting cannot be.
     """
+    given, model_type = model_type, SHORT_NAMES.get(model_type, model_type)
     if model_type not in MODELS:
-        raise ValueError(f"model_type must be one of {', '.join(sorted(MODELS))}, got {model_type!r}")
+        raise ValueError(f"model_type must be one of {', '.join(sorted(MODELS))}, got {given!r}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = MODELS[model_type](MODELS[model_type].config_class(**settings))
