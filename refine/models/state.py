@@ -66,7 +66,7 @@ class FastWeightState:
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Beam search: row i goes on from row ``beam_idx[i]``."""
-        beam_idx = beam_idx.to(self.position.device)
+        beam_idx = beam_idx.to(self.position.device, torch.int64)
         self.layers = [layer.select(beam_idx) for layer in self.layers]
         self.position = self.position[beam_idx]
 

@@ -135,7 +135,7 @@ class _BranchAttention(torch.autograd.Function):
     def forward(ctx, q, parent_k, parent_v, own_k, own_v, origin, branched_at, place, width, window):
         ctx.width, ctx.window = width, window
         groups = len(parent_k)
-        to_parent, to_own, grouped = _BranchAttention._scores(
+        to_parent, to_own, _ = _BranchAttention._scores(
             q, parent_k, own_k, origin, branched_at, place, width, window
         )
         parent_lse = out_of_groups(to_parent.logsumexp(-1), place)  # [N, T, h]

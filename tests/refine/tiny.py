@@ -29,7 +29,8 @@ def tiny_model(family: str = "delta_net", dtype: torch.dtype = torch.float64, **
         model = LaCTForCausalLM(LaCTConfig(**common | settings))
         for layer in model.model.layers:  # rates at which one chunk changes the weights visibly
             torch.nn.init.constant_(layer.attn.lr_proj.bias, 4.0)
-            torch.nn.init.normal_(layer.attn.ttt_scale_proj.bias)
+            if layer.attn.ttt_scale_proj is not None:
+                torch.nn.init.normal_(layer.attn.ttt_scale_proj.bias)
         return model.to(dtype)
     common |= {"num_heads": 2} | settings
     if family == "delta_net":
