@@ -23,6 +23,7 @@ PHASES = ("mid", "sft")
 REPORTERS = ("tensorboard", "wandb")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 DEFAULT_JOB = "default.yaml"
+TINY_MODELS = "tiny_models.yaml"
 
 
 class SettingsError(ValueError):
@@ -198,10 +199,13 @@ def parse_settings(arguments: list[str]) -> TrainSettings:
     given = vars(known)
     if unknown:
         raise SettingsError(_unknown(unknown[0].lstrip("-").split("=")[0]))
+    default_job = "config" not in given
     path = given.pop("config", None)
     if path is None and "model_name_or_path" not in given:
         path = resources.files("refine") / "assets" / DEFAULT_JOB
     merged = {} if path is None else read_file(path)
+    if default_job and "model_type" in given and "config_overrides" not in given:
+        merged |= _tiny_model(given["model_type"])
     merged |= {name: _convert(name, value) for name, value in given.items()}
     if "model_type" in given and "model_name_or_path" not in given:
         merged["model_name_or_path"] = None
@@ -228,6 +232,12 @@ def read_file(path: str | Path) -> dict[str, Any]:
         if name not in _fields():
             raise SettingsError(_unknown(str(name)))
     return {name: _convert(name, value) for name, value in loaded.items()}
+
+
+def _tiny_model(model_type: str) -> dict[str, Any]:
+    """What the default job sets for a small new model of this type; nothing for an unknown one."""
+    text = (resources.files("refine") / "assets" / TINY_MODELS).read_text(encoding="utf-8")
+    return yaml.safe_load(text).get(model_type, {})
 
 
 def to_yaml(settings: TrainSettings) -> str:
