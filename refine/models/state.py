@@ -12,7 +12,7 @@ implements the two protocols below. The rest of the project asks through this mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Protocol
 
 import torch
@@ -90,3 +90,27 @@ class StateTrace:
         """
         layers = [layer.gather(rows, positions) for layer in self.layers]
         return FastWeightState(layers, self.start[rows] + positions)
+
+
+def map_state(state, function):
+    """``function`` of every tensor in a state, and the state made of the results (None and numbers stay)."""
+    if isinstance(state, torch.Tensor):
+        return function(state)
+    if isinstance(state, list | tuple) and type(state) in (list, tuple):
+        return type(state)(map_state(item, function) for item in state)
+    if is_dataclass(state):
+        return replace(state, **{f.name: map_state(getattr(state, f.name), function) for f in fields(state)})
+    return state
+
+
+def float_tensors(state) -> list[torch.Tensor]:
+    """The tensors of a state that can carry a gradient, in a fixed order."""
+    found: list[torch.Tensor] = []
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        if x.is_floating_point():
+            found.append(x)
+        return x
+
+    map_state(state, note)
+    return found
