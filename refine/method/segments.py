@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from refine.method.relay import Relay
 from refine.method.rollout import sample_rollouts
 from refine.method.seeds import rollout_seeds
 from refine.method.selection import select_positions
@@ -62,13 +63,29 @@ class _Reading:
     row_weight: torch.Tensor  # [B, T]
     borders: list[int]  # 0, S, 2 S, ..., T
     state_stride: int
-    states: list[FastWeightState | None] = field(default_factory=list)  # at the segments' starts
+    relay: Relay | None  # the processes that share the document, where there are several
+    states: list[FastWeightState | None] = field(default_factory=list)  # at the starts of our segments
     branches: Branches | None = None
 
     @property
     def count(self) -> int:
         """How many segments."""
         return len(self.borders) - 1
+
+    @property
+    def ours(self) -> range:
+        """The segments that this process reads."""
+        return range(self.count) if self.relay is None else self.relay.share(self.count)
+
+    def state_at(self, s: int) -> FastWeightState | None:
+        """The state at the start of one of our segments."""
+        return self.states[s - self.ours.start]
+
+    def someone_has(self, count: int) -> bool:
+        """Whether to make a call: where calls must agree among processes, all make it or none."""
+        if self.relay is not None:
+            return count > 0
+        return int(_over_processes(torch.tensor(count, device=self.input_ids.device), "MAX")) > 0
 
     def inside(self, s: int) -> slice:
         """The tokens of segment s."""
@@ -94,9 +111,10 @@ def read_next_tokens(
     targets: torch.Tensor,  # [B, T]
     row_weight: torch.Tensor,  # [B, T]
     segment_length: int,
+    relay: Relay | None = None,
 ) -> SegmentedPass:
     """The next-token loss alone: an SFT step in constant memory."""
-    reading = _start(model, input_ids, targets, row_weight, segment_length, 64)
+    reading = _start(model, input_ids, targets, row_weight, segment_length, 64, relay)
     ntp_loss, entropy = _sweep(reading, entropy=False)
     return SegmentedPass(_attach(reading, ntp_loss), entropy)
 
@@ -112,10 +130,11 @@ def read_with_rollouts(
     seeds: torch.Tensor,  # [B]
     positions: torch.Tensor | None,  # [B, c]
     rollouts: torch.Tensor | None,  # [B, c, n, k]
+    relay: Relay | None = None,
 ) -> SegmentedPass:
     """Everything of a REFINE step that needs the model."""
     batch, c, n, k = len(input_ids), config.num_chunks, config.num_rollouts, config.rollout_length
-    reading = _start(model, input_ids, targets, row_weight, segment_length, config.state_stride)
+    reading = _start(model, input_ids, targets, row_weight, segment_length, config.state_stride, relay)
     ntp_loss, entropy = _sweep(reading, entropy=True)
     entropy = entropy[:, : input_ids.shape[1]]
     if positions is None:
@@ -134,7 +153,7 @@ def read_with_rollouts(
     )
 
 
-def _start(model, input_ids, targets, row_weight, segment_length, state_stride) -> _Reading:
+def _start(model, input_ids, targets, row_weight, segment_length, state_stride, relay) -> _Reading:
     """Cut the batch. All processes of a group get equally many segments, so that their module calls agree."""
     if segment_length < 64:
         raise ValueError(f"segment_length must be at least 64, got {segment_length}")
@@ -145,14 +164,23 @@ def _start(model, input_ids, targets, row_weight, segment_length, state_stride) 
         input_ids, row_weight = pad(input_ids, (0, missing)), pad(row_weight, (0, missing))
         targets = pad(targets, (0, missing), value=-100)
     borders = segment_borders(int(longest), segment_length)
-    return _Reading(model, input_ids, targets, row_weight, borders, state_stride)
+    if relay is not None and len(borders) - 1 < relay.size:
+        raise ValueError(
+            f"segment_length {segment_length} cuts {int(longest)} tokens into {len(borders) - 1} segments, "
+            f"fewer than the {relay.size} processes that share the document"
+        )
+    return _Reading(model, input_ids, targets, row_weight, borders, state_stride, relay)
 
 
 @torch.no_grad()
 def _sweep(reading: _Reading, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read from front to back; keep the states at the borders, the loss and the entropies."""
-    state, loss, entropies = None, 0.0, []
-    for s in range(reading.count):
+    """Read from front to back; keep the states at the borders, the loss and the entropies [B, T]."""
+    relay, ours = reading.relay, reading.ours
+    state, loss = None, torch.zeros((), device=reading.input_ids.device)
+    entropies = torch.zeros(reading.input_ids.shape if entropy else 0, device=loss.device)
+    if ours.start > 0:
+        state = relay.receive_state(loss.device)
+    for s in ours:
         reading.states.append(state)
         at = reading.inside(s)
         output = reading.model(
@@ -164,8 +192,13 @@ def _sweep(reading: _Reading, entropy: bool) -> tuple[torch.Tensor, torch.Tensor
         state = output.past_key_values
         loss = loss + output.loss
         if entropy:
-            entropies.append(output.entropy)
-    return loss, torch.cat(entropies, 1) if entropy else loss.new_empty(0)
+            entropies = entropies.to(output.entropy.dtype)
+            entropies[:, at] = output.entropy
+    if ours.stop < reading.count:
+        relay.send_state(state)
+    if relay is not None:
+        relay.sum(loss), relay.sum(entropies)
+    return loss, entropies
 
 
 @torch.no_grad()
@@ -178,14 +211,14 @@ def _roll_out(
     branches, model = reading.branches, reading.model
     k = branches.tokens.shape[1]
     found: tuple[torch.Tensor, ...] | None = None
-    for s in range(reading.count):
+    for s in reading.ours:
         mine = reading.branches_of(s)
-        if not int(_over_processes(torch.tensor(len(mine), device=seed.device), "MAX")):
+        if not reading.someone_has(len(mine)):
             continue
         start, end = reading.borders[s], reading.borders[s + 1]
         output = model(
             reading.input_ids[:, start : end + k],  # the true continuation may reach over the border
-            past_key_values=reading.states[s],
+            past_key_values=reading.state_at(s),
             use_cache=False,
             head=HiddenOnly(),
             state_stride=reading.state_stride,
@@ -213,7 +246,28 @@ def _roll_out(
             logprobs[mine], predictions[mine] = logprob, predicted
             true[mine] = hidden[row[:, None], inside[:, None] + torch.arange(k, device=row.device)]
             found = logprobs, predictions, true
-    return found
+    return found if reading.relay is None else _gather(reading, found, sample)
+
+
+def _gather(reading: _Reading, found: tuple | None, sample: bool) -> tuple[torch.Tensor, ...]:
+    """What each process has found of its own branches, put together."""
+    relay, branches = reading.relay, reading.branches
+    width = relay.largest(0 if found is None else found[1].shape[-1], branches.row.device)
+    if found is None:
+        shape = branches.tokens.shape
+        logprobs = torch.zeros(shape, device=branches.row.device)
+        hidden = torch.zeros(*shape, width, device=branches.row.device, dtype=_dtype_of(reading.model))
+        found = logprobs, hidden, hidden.clone()
+    if sample:
+        relay.sum(branches.tokens)
+    return tuple(relay.sum(x) for x in found)
+
+
+def _dtype_of(model: torch.nn.Module) -> torch.dtype:
+    """What its hidden states are in."""
+    parameter = next(model.parameters())
+    device = parameter.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
 
 
 def _places(branches: Branches, mine: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,10 +313,12 @@ class _InReverse(torch.autograd.Function):
         reading, ctx.reading = ctx.reading, None
         carry: list[torch.Tensor | None] | None = None
         with torch.enable_grad(), ctx.autocast():
-            for s in reversed(range(reading.count)):
+            for s in reversed(reading.ours):
                 with _gradients_stay_here(reading.model, last=s == 0):
                     carry = _segment_backward(reading, s, d_ntp, d_logprobs, carry)
                 reading.states.pop()
+            if reading.ours.start > 0:
+                reading.relay.send_gradients(carry)
         return (None,) * (3 + 1 + (d_logprobs is not None))
 
 
@@ -271,7 +327,7 @@ def _segment_backward(reading: _Reading, s: int, d_ntp, d_logprobs, carry) -> li
     it; the gradient of the state at its start.
     """
     model, at, last = reading.model, reading.inside(s), s + 1 == reading.count
-    start, leaves = reading.states[s], []
+    start, leaves = reading.state_at(s), []
     if start is not None:
         start = map_state(start, lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
         leaves = float_tensors(start)
@@ -286,7 +342,7 @@ def _segment_backward(reading: _Reading, s: int, d_ntp, d_logprobs, carry) -> li
     ends, gradients = [output.loss], [d_ntp.to(output.loss.dtype)]
     if branches is not None:
         mine = reading.branches_of(s)
-        if int(_over_processes(torch.tensor(len(mine), device=d_ntp.device), "MAX")):
+        if reading.someone_has(len(mine)):
             row, inside = _places(branches, mine, reading.borders[s])
             tokens = branches.tokens[mine] if len(mine) else branches.tokens[:1]
             state = output.trace.gather(row, inside)
@@ -296,6 +352,8 @@ def _segment_backward(reading: _Reading, s: int, d_ntp, d_logprobs, carry) -> li
             known = d_logprobs is not None and len(mine)
             gradients.append(d_logprobs[mine].to(logprob.dtype) if known else torch.zeros_like(logprob))
     if not last:
+        if s + 1 == reading.ours.stop:
+            carry = reading.relay.receive_gradients(output.past_key_values)
         for tensor, gradient in zip(float_tensors(output.past_key_values), carry):
             if gradient is not None and tensor.requires_grad:
                 ends.append(tensor)

@@ -92,14 +92,18 @@ class StateTrace:
         return FastWeightState(layers, self.start[rows] + positions)
 
 
-def map_state(state, function):
-    """``function`` of every tensor in a state, and the state made of the results (None and numbers stay)."""
-    if isinstance(state, torch.Tensor):
+def map_state(state, function, leaf: type = torch.Tensor):
+    """``function`` of every tensor in a state, and the state made of the results (None and numbers stay).
+
+    ``leaf`` says what stands in a tensor's place, where that is not a tensor.
+    """
+    if isinstance(state, leaf):
         return function(state)
-    if isinstance(state, list | tuple) and type(state) in (list, tuple):
-        return type(state)(map_state(item, function) for item in state)
+    if type(state) in (list, tuple):
+        return type(state)(map_state(item, function, leaf) for item in state)
     if is_dataclass(state):
-        return replace(state, **{f.name: map_state(getattr(state, f.name), function) for f in fields(state)})
+        changed = {f.name: map_state(getattr(state, f.name), function, leaf) for f in fields(state)}
+        return replace(state, **changed)
     return state
 
 
