@@ -1,8 +1,8 @@
 """What a REFINE step costs beside an SFT step: time and memory, one machine, one run, pair by pair.
 
-``python -m benchmarks.step_cost`` measures the table of the README and appends it to ``benchmarks/results/``.
-On a shared machine only ratios of neighbours count, so the two steps of a ratio are timed in turn and the
-median of the pairs' ratios is kept.
+``python -m benchmarks.step_cost [--model lact]`` measures the tables of the README and appends them to
+``benchmarks/results/``. On a shared machine only ratios of neighbours count, so the two steps of a ratio are timed
+in turn and the median of the pairs' ratios is kept.
 """
 
 from __future__ import annotations
@@ -23,23 +23,38 @@ import torch
 
 from refine import RefineConfig, refine_step
 from refine.method.step import next_token_targets
-from refine.models import DeltaNetConfig, DeltaNetForCausalLM
-from refine.models.head import NextTokenLoss
+from refine.models import new_model
+from refine.models.head import HiddenOnly, NextTokenLoss
 
 RESULTS = Path(__file__).parent / "results"
 WAYS = ("sft", "shared_prefix", "per_prefix")
 
 
-def model_of_the_table() -> DeltaNetForCausalLM:
-    """DeltaNet, hidden 256, 4 layers, 4 heads of 64, vocabulary 4096, random weights, float32."""
-    torch.manual_seed(0)
-    settings = {"hidden_size": 256, "num_hidden_layers": 4, "num_heads": 4, "vocab_size": 4096}
-    return DeltaNetForCausalLM(DeltaNetConfig(**settings)).train()
+# Small models of one width; the settings are those of the table's caption.
+MODELS = {
+    "delta_net": ("DeltaNet, hidden 256, 4 layers, 4 heads of 64", {"num_heads": 4}),
+    "gated_deltanet": (
+        "Gated DeltaNet, hidden 256, 4 layers, 4 heads of 64 x 128",
+        {"num_heads": 4, "head_dim": 64},
+    ),
+    "lact": (
+        "LaCT, hidden 256, 4 layers, 2 fast heads of 128, chunk 512, window 512",
+        {"num_attn_heads": 4, "num_lact_heads": 2, "lact_chunk_size": 512, "window_size": 512},
+    ),
+}
 
 
-def steps(tokens: int, chunks: int = 8, length: int = 5) -> dict[str, Callable[[], torch.Tensor]]:
+def model_of_the_table(model: str = "delta_net") -> torch.nn.Module:
+    """One of ``MODELS``: hidden 256, 4 layers, vocabulary 4096, random weights, float32."""
+    return new_model(model, hidden_size=256, num_hidden_layers=4, vocab_size=4096, **MODELS[model][1]).train()
+
+
+def steps(
+    tokens: int, chunks: int = 8, length: int = 5, model: str = "delta_net"
+) -> dict[str, Callable[[], torch.Tensor]]:
     """One function a way; each does forward and backward (no optimizer) and returns the loss."""
-    model = model_of_the_table()
+    model = model_of_the_table(model)
+    torch.manual_seed(0)
     ids = torch.randint(4096, (1, tokens))
     lengths = torch.tensor([tokens])
     seeds = torch.tensor([1])
@@ -87,17 +102,18 @@ def paired_ratio(a: Callable, b: Callable, pairs: int) -> dict[str, float]:
     }
 
 
-def peak_memory(way: str, tokens: int) -> float:
+def peak_memory(way: str, tokens: int, model: str = "delta_net") -> float:
     """MB that one step takes beyond the process before it, in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.step_cost", "--memory_of", way, "--tokens", str(tokens)]
+    command += ["--model", model]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return float(output.split()[-1])
 
 
-def _memory_here(way: str, tokens: int) -> float:
+def _memory_here(way: str, tokens: int, model: str) -> float:
     """Peak beyond what was resident before the step; a short step first, so that one-time costs do not count."""
-    steps(512)[way]()
-    function = steps(tokens)[way]
+    steps(512, model=model)[way]()
+    function = steps(tokens, model=model)[way]
     Path("/proc/self/clear_refs").write_text("5")  # the kernel starts its high-water mark anew
     before = _status("VmRSS")
     function()
@@ -111,25 +127,47 @@ def _status(name: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {name}")
 
 
-def measure(pairs: int) -> dict:
+def uncached_generation(tokens: int, model: str, chunks: int = 8, length: int = 5) -> Callable[[], None]:
+    """What sampling costs without a cache: the whole prefix again for each of c x k tokens (no gradient).
+
+    The public code generates so with LaCT, whose state it cannot keep; the paper's way pays it in addition to what
+    ``per_prefix`` does here.
+    """
+    net = model_of_the_table(model)
+    ids = torch.randint(4096, (1, tokens))
+    positions = [tokens * (2 * j + 1) // (2 * chunks) for j in range(chunks)]
+
+    @torch.no_grad()
+    def generate() -> None:
+        for p in positions:
+            for j in range(length):
+                net(ids[:, : p + j], use_cache=False, head=HiddenOnly())
+
+    return generate
+
+
+def measure(pairs: int, model: str = "delta_net") -> dict:
     """The whole table."""
     table: dict[str, list] = {"tokens": [], "chunks": [], "length": []}
-    for tokens in (1024, 2048, 4096, 8192, 16384):
-        at = steps(tokens)
-        table["tokens"].append({"tokens": tokens} | paired_ratio(at["shared_prefix"], at["sft"], pairs))
-        print(table["tokens"][-1], flush=True)
-    for chunks in (2, 4, 8, 16, 32, 64):
-        at = steps(8192, chunks)
-        table["chunks"].append({"chunks": chunks} | paired_ratio(at["shared_prefix"], at["sft"], pairs))
-        print(table["chunks"][-1], flush=True)
-    for length in (1, 3, 5, 7):
-        at = steps(8192, 8, length)
-        table["length"].append({"length": length} | paired_ratio(at["shared_prefix"], at["sft"], pairs))
-        print(table["length"][-1], flush=True)
-    at = steps(8192)
+    sizes = {
+        "tokens": (1024, 2048, 4096, 8192, 16384),
+        "chunks": (2, 4, 8, 16, 32, 64),
+        "length": (1, 3, 5, 7),
+    }
+    for name, values in sizes.items():
+        for value in values:
+            at = steps(**({"tokens": 8192, "model": model} | {name: value}))
+            row = {name: value} | paired_ratio(at["shared_prefix"], at["sft"], pairs)
+            table[name].append(row)
+            print(row, flush=True)
+    at = steps(8192, model=model)
     table["per_prefix"] = paired_ratio(at["per_prefix"], at["sft"], 1)
     print(table["per_prefix"], flush=True)
-    memory = {way: peak_memory(way, 8192) for way in WAYS}
+    if model == "lact":
+        generate = uncached_generation(8192, model)
+        table["uncached_generation"] = paired_ratio(generate, at["sft"], 1)
+        print(table["uncached_generation"], flush=True)
+    memory = {way: peak_memory(way, 8192, model) for way in WAYS}
     table["memory_mb"] = memory
     print(memory, flush=True)
     return table
@@ -163,15 +201,18 @@ def main() -> None:
     """Measure, print, append a results file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--model", choices=MODELS, default="delta_net")
     parser.add_argument("--memory_of", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=int, default=8192, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
-        print(_memory_here(options.memory_of, options.tokens))
+        print(_memory_here(options.memory_of, options.tokens, options.model))
         return
     now = datetime.datetime.now(datetime.UTC)
     record = {
-        "what": "REFINE step over SFT step, forward and backward, DeltaNet 256 x 4, float32, batch 1",
+        "what": "REFINE step over SFT step, forward and backward, float32, batch 1, vocabulary 4096",
+        "kind": "step_cost",
+        "model": MODELS[options.model][0],
         "date": now.date().isoformat(),
         "machine": {
             "processor": _processor(),
@@ -179,10 +220,10 @@ def main() -> None:
             "load_before": os.getloadavg()[0],
         },
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "table": measure(options.pairs),
+        "table": measure(options.pairs, options.model),
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"step_cost_cpu_{now:%Y%m%d_%H%M}.json"
+    path = RESULTS / f"step_cost_{options.model}_cpu_{now:%Y%m%d_%H%M}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to benchmarks/results/{path.name}\n\n{markdown(record)}")
 

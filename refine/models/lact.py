@@ -188,7 +188,7 @@ class LaCTAttention(nn.Module):
             return self._merge(x, attended, o), after if use_cache else None, None
 
         state = None if state is None else state.settle()
-        if bool((start == start[0]).all()):
+        if state is None or bool((start == start[0]).all()):
             attended, o, trace = self._read_sequences(q, fast_q, new, state, start)
         elif state_stride is None:
             return self._read_apart(x, state, lengths, use_cache)
