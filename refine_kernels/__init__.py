@@ -5,15 +5,24 @@ float32 states ``[N, H, K, V]``. ``refine_kernels.reference`` holds the same fun
 sequential PyTorch: the definition that every backend is tested against.
 """
 
-from refine_kernels.delta_rule import chunk_delta_rule, recurrent_delta_rule
+from refine_kernels.delta_rule import chunk_delta_rule, delta_net_decode, recurrent_delta_rule
 from refine_kernels.lact import LaCTState, chunk_lact
-from refine_kernels.linear_logprob import LinearLogprobOutput, linear_cross_entropy, linear_logprob
+from refine_kernels.linear_logprob import (
+    LinearCrossEntropy,
+    LinearLogprob,
+    LinearLogprobOutput,
+    linear_cross_entropy,
+    linear_logprob,
+)
 
 __all__ = [
     "LaCTState",
+    "LinearCrossEntropy",
+    "LinearLogprob",
     "LinearLogprobOutput",
     "chunk_delta_rule",
     "chunk_lact",
+    "delta_net_decode",
     "linear_cross_entropy",
     "linear_logprob",
     "recurrent_delta_rule",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from refine.models.head import SampleToken
+from refine.models.replay import replay
 from refine.models.state import FastWeightState
 
 
@@ -19,8 +20,12 @@ def sample_rollouts(
     """Exactly k tokens a branch from softmax(logits / temperature): no top-p, no top-k, no stop at end-of-text.
 
     k module calls: the head on the context, then k - 1 single-token steps. The last token is not fed: its
-    hidden state comes out of the pass that takes the gradient.
+    hidden state comes out of the pass that takes the gradient. On CUDA all of them become one graph.
     """
+    return replay(_sample, model, (state, context, seeds), (temperature,))
+
+
+def _sample(model, state, context, seeds, temperature) -> torch.Tensor:
     request = SampleToken(seeds[:, :1], temperature)
     tokens = [model(hidden_states=context[:, None], head=request).token]
     for j in range(1, seeds.shape[1]):

@@ -14,7 +14,7 @@ from torch import nn
 
 from refine.models.blocks import GatedRMSNorm, RMSNorm, ShortConvolution
 from refine.models.causal_lm import FastWeightConfig, FastWeightForCausalLM
-from refine_kernels import chunk_delta_rule, recurrent_delta_rule
+from refine_kernels import chunk_delta_rule, delta_net_decode, recurrent_delta_rule
 
 _RECURRENT_LENGTH = 4  # without a gradient, up to this many tokens go through the decode path
 
@@ -192,6 +192,10 @@ class DeltaNetAttention(nn.Module):
         use_cache: bool = False,
         state_stride: int | None = None,
     ) -> tuple[torch.Tensor, DeltaRuleState | None, DeltaRuleTrace | None]:
+        few = x.shape[1] <= _RECURRENT_LENGTH and state_stride is None and not torch.is_grad_enabled()
+        if few and state is not None and lengths is None:
+            o, new_state = self._decode(x, state)
+            return self._finish(x, o), new_state if use_cache else None, None
         conv_inputs = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         tails = (None, None, None) if state is None else state.own_tails()
         convolutions = self.q_conv1d, self.k_conv1d, self.v_conv1d
@@ -207,7 +211,7 @@ class DeltaNetAttention(nn.Module):
             log_decay = None if log_decay is None else log_decay * read
 
         trace = None
-        if x.shape[1] <= _RECURRENT_LENGTH and state_stride is None and not torch.is_grad_enabled():
+        if few:
             o, fast_weight = recurrent_delta_rule(
                 q,
                 k,
@@ -242,11 +246,31 @@ class DeltaNetAttention(nn.Module):
                 _last_inputs(z, tail, lengths, self.conv_size - 1) for z, tail in zip(conv_inputs, tails)
             )
             new_state = DeltaRuleState(fast_weight, new_tails)
+        return self._finish(x, o), new_state, trace
+
+    def _decode(self, x: torch.Tensor, state: DeltaRuleState) -> tuple[torch.Tensor, DeltaRuleState]:
+        """A few tokens without a gradient: everything between projections and norm as one operation."""
+        o, fast_weight, tails = delta_net_decode(
+            self.q_proj(x),
+            self.k_proj(x),
+            self.v_proj(x),
+            self.b_proj(x),
+            tuple(conv.weight.squeeze(1) for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)),
+            state.tails,
+            state.fast_weight,
+            g=self.log_decay(x),
+            rows=state.rows,
+            beta_scale=self.beta_scale,
+        )
+        return o, DeltaRuleState(fast_weight, tails)
+
+    def _finish(self, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+        """Output norm, with its gate where there is one, and projection: [B, T, H, V] -> [B, T, hidden]."""
         if self.g_proj is not None:
             o = self.o_norm(o, rearrange(self.g_proj(x), "b t (h v) -> b t h v", v=self.head_v_dim))
         else:
             o = self.o_norm(o)
-        return self.o_proj(rearrange(o, "b t h v -> b t (h v)")), new_state, trace
+        return self.o_proj(rearrange(o, "b t h v -> b t (h v)"))
 
 
 def _last_inputs(

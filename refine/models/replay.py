@@ -4,11 +4,11 @@ Decoding is many small kernels: one token through 24 layers is some 650 of them,
 launch each than the GPU to run it. A graph launches all of them at once. It replays what was recorded on the
 same memory, so the inputs are copied into buffers first, and nothing may depend on the data but the data.
 
-Used without a gradient, on CUDA, for bare models (not wrapped by DDP, FSDP or ``torch.compile``). The first
-call of a kind runs as it is and lets every kernel compile and tune itself, the second records, later ones
-replay. What cannot be recorded, because it waits for the device in between, runs as it is, after one warning.
-A graph keeps its working memory, about three times the size of the states. ``REFINE_CUDA_GRAPHS=0`` turns
-graphs off.
+Used without a gradient, on CUDA, for bare models (not wrapped by DDP, FSDP or ``torch.compile``) whose states
+allow it. The first call of a kind runs as it is and lets every kernel compile and tune itself, the second
+records, later ones replay. What cannot be recorded after all, because it waits for the device in between, runs
+as it is, after one warning. A graph keeps its working memory, about three times the size of the states.
+``REFINE_CUDA_GRAPHS=0`` turns graphs off.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from refine.models.delta_net import DeltaRuleState
+from refine.models.state import FastWeightState
+
 ENVIRONMENT_VARIABLE = "REFINE_CUDA_GRAPHS"
+# Layer states whose continuation depends on shapes alone. LaCT's looks which rows cross a chunk's end, and it
+# shares the columns of whole sequences, which nobody wants copied.
+_SHAPES_ALONE = (DeltaRuleState,)
 _MOST = 4  # kinds of calls remembered for a model; the one not used for longest is forgotten first
 
 
@@ -38,7 +44,7 @@ def replay(function: Callable[..., torch.Tensor], model: nn.Module, inputs: tupl
         constants: hashable; together with the inputs' shapes and dtypes they tell one recording from another.
     """
     graph_class = GRAPHS.get(next(model.parameters()).device.type)
-    if graph_class is None or not _is_recordable(model):
+    if graph_class is None or not _is_recordable(model, inputs):
         return function(model, *inputs, *constants)
     tensors: list[torch.Tensor] = []
     key = (function, constants, _flatten(inputs, tensors), _surroundings(model))
@@ -112,11 +118,15 @@ _recordings: WeakKeyDictionary[nn.Module, dict[Hashable, _Recording | None]] = W
 _unrecordable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def _is_recordable(model: nn.Module) -> bool:
+def _is_recordable(model: nn.Module, inputs: tuple) -> bool:
     if os.environ.get(ENVIRONMENT_VARIABLE, "1") == "0" or torch.is_grad_enabled() or model in _unrecordable:
         return False
-    bare = isinstance(model, PreTrainedModel)
-    return bare and all(type(p) is nn.Parameter for p in model.parameters())  # FSDP2's are DTensors
+    layers = (layer for x in inputs if isinstance(x, FastWeightState) for layer in x.layers)
+    if not isinstance(model, PreTrainedModel) or not all(
+        isinstance(layer, _SHAPES_ALONE) for layer in layers
+    ):
+        return False
+    return all(type(p) is nn.Parameter for p in model.parameters())  # those of FSDP2 are DTensors
 
 
 def _surroundings(model: nn.Module) -> Hashable:

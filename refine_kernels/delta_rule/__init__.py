@@ -1,5 +1,6 @@
 """The delta rule of DeltaNet and Gated DeltaNet: README.md derives it, reference.py defines it."""
 
+from refine_kernels.delta_rule.decode import delta_net_decode
 from refine_kernels.delta_rule.op import chunk_delta_rule, recurrent_delta_rule
 
-__all__ = ["chunk_delta_rule", "recurrent_delta_rule"]
+__all__ = ["chunk_delta_rule", "delta_net_decode", "recurrent_delta_rule"]

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+from types import ModuleType
 
 import torch
 
-from refine_kernels.delta_rule import checks, chunked, recurrent, reference
+from refine_kernels.delta_rule import checks, recurrent, reference
 from refine_kernels.dispatch import choose_backend
 
-IMPLEMENTATIONS = {"torch": chunked}  # backend -> a module with forward, backward and checkpoint_count
+# backend -> a module with forward, backward and checkpoint_count, imported when it is first asked for: one
+# may do without Triton
+IMPLEMENTATIONS = {
+    "torch": "refine_kernels.delta_rule.chunked",
+    "triton": "refine_kernels.delta_rule.triton_chunk",
+}
 CHUNK_BACKENDS = ("reference", *IMPLEMENTATIONS)
-RECURRENT_BACKENDS = ("reference", "torch")
+RECURRENT_BACKENDS = ("reference", "torch", "triton")
 
 
 def chunk_delta_rule(
@@ -52,7 +59,7 @@ def chunk_delta_rule(
         cu_seqlens: ``[N + 1]`` integers from 0 to T: B = 1 and sequence n is tokens ``cu_seqlens[n]`` up to
             ``cu_seqlens[n + 1]``. Sequences do not see one another; an empty one passes its state on.
         use_qk_l2norm_in_kernel: normalise q and k first: ``x / sqrt(sum x^2 + 1e-6)`` over the head.
-        backend: ``"torch"``, ``"reference"``, or ``None`` to choose by device.
+        backend: ``"triton"`` (not for float64), ``"torch"``, ``"reference"``, or ``None`` to choose by device.
 
     Returns:
         ``(o, final_state)``, with ``state_stride`` also ``states``: o ``[B, T, H, V]`` in q's dtype;
@@ -77,7 +84,7 @@ def chunk_delta_rule(
     checks.check_state(initial_state, rows, q, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
 
-    backend = choose_backend(backend, q, CHUNK_BACKENDS)
+    backend = _chunk_backend(backend, q)
     if backend == "reference":
         if cu_seqlens is not None:
             checks.check_bounds(cu_seqlens, q.shape[1])
@@ -87,9 +94,7 @@ def chunk_delta_rule(
                 output_final_state=output_final_state, state_stride=state_stride, cu_seqlens=cu_seqlens,
                 use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
             )  # fmt: skip
-    for_backward = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, beta, g, initial_state)
-    )
+    for_backward = _needs_gradient(q, k, v, beta, g, initial_state)
     o, final_state, states, _ = _chunk_op(
         q, k, v, beta, g, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel, output_final_state,
         state_stride or 0, for_backward, backend,
@@ -145,6 +150,13 @@ def recurrent_delta_rule(
                 q, k, v, beta, g=g, scale=scale, initial_state=initial_state, state_indices=state_indices,
                 output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
             )  # fmt: skip
+    if backend == "triton" and not _needs_gradient(q, k, v, beta, g, initial_state):
+        o, final_state = _recurrent_op(
+            q, k, v, beta, g, initial_state, state_indices, scale, use_qk_l2norm_in_kernel, output_final_state
+        )
+        return o, final_state if output_final_state else None
+    if q.dtype == torch.float64 and backend == "triton":
+        backend = "torch"  # the chunk kernels have no float64
     state = initial_state if state_indices is None else initial_state.index_select(0, state_indices)
     if q.shape[1] == 1 and not torch.is_grad_enabled():
         with _no_autocast(q):
@@ -179,7 +191,7 @@ def _chunk_op(
     if cu_seqlens is not None:
         checks.check_bounds(cu_seqlens, q.shape[1])
     with _no_autocast(q):
-        return IMPLEMENTATIONS[backend].forward(
+        return _implementation(backend).forward(
             q,
             k,
             v,
@@ -205,7 +217,7 @@ def _(
     if cu_seqlens is not None:
         rows = cu_seqlens.shape[0] - 1
         counted = torch.library.get_ctx().new_dynamic_size() if state_stride else 0
-    kept = IMPLEMENTATIONS[backend].checkpoint_count(q, cu_seqlens) if for_backward else 0
+    kept = _implementation(backend).checkpoint_count(q, cu_seqlens) if for_backward else 0
 
     def new_states(*shape: int) -> torch.Tensor:
         return q.new_empty((*shape, heads, kd, vd), dtype=_state_dtype(q))
@@ -237,7 +249,7 @@ def _chunk_backward_op(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     with _no_autocast(q):
-        return IMPLEMENTATIONS[backend].backward(
+        return _implementation(backend).backward(
             q, k, v, beta, g, initial_state, cu_seqlens, checkpoints, d_o, d_final, d_states,
             scale, l2norm, state_stride,
         )  # fmt: skip
@@ -276,6 +288,63 @@ def _differentiate(ctx, d_o, d_final, d_states, _):
 
 
 _chunk_op.register_autograd(_differentiate, setup_context=_remember)
+
+
+@torch.library.custom_op("refine_kernels::recurrent_delta_rule", mutates_args=())
+def _recurrent_op(
+    q: torch.Tensor,  # [B, T, H, K]
+    k: torch.Tensor,  # [B, T, H, K]
+    v: torch.Tensor,  # [B, T, H, V]
+    beta: torch.Tensor,  # [B, T, H]
+    g: torch.Tensor | None,  # [B, T, H]
+    initial_state: torch.Tensor | None,  # [N, H, K, V]
+    state_indices: torch.Tensor | None,  # [B]
+    scale: float,
+    l2norm: bool,
+    output_final_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from refine_kernels.delta_rule import triton_recurrent
+
+    o, final_state = triton_recurrent.forward(
+        q, k, v, beta, g, initial_state, state_indices, scale, l2norm, output_final_state
+    )
+    if final_state is None:
+        final_state = q.new_empty((0, *q.shape[2:], v.shape[-1]), dtype=_state_dtype(q))
+    return o, final_state
+
+
+@_recurrent_op.register_fake
+def _(q, k, v, beta, g, initial_state, state_indices, scale, l2norm, output_final_state):
+    rows = q.shape[0] if output_final_state else 0
+    return (
+        q.new_empty(v.shape),
+        q.new_empty((rows, q.shape[2], q.shape[3], v.shape[3]), dtype=_state_dtype(q)),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Backends
+
+
+def _implementation(backend: str) -> ModuleType:
+    return importlib.import_module(IMPLEMENTATIONS[backend])
+
+
+def _chunk_backend(backend: str | None, q: torch.Tensor) -> str:
+    """The Triton kernels have no float64: it is refused where they are asked for, else goes to PyTorch."""
+    if q.dtype != torch.float64:
+        return choose_backend(backend, q, CHUNK_BACKENDS)
+    if backend == "triton":
+        raise ValueError(
+            "q must be float32, bfloat16 or float16 with backend='triton', got torch.float64: "
+            "backends 'torch' and 'reference' take it"
+        )
+    chosen = choose_backend(backend, q, CHUNK_BACKENDS)
+    return "torch" if chosen == "triton" else chosen
+
+
+def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
-"""The PyTorch path: every chunk is a few large matrix products; the backward is written by hand.
+"""The PyTorch path: large matrix products with the elementwise work between them, and a backward by hand.
 
 *Scan*: only the update is sequential. It leaves the weights of every chunk, which is all that its backward needs
 besides its inputs: products with keys and values are run again. *Apply*: all whole chunks in one batch, forward
 and backward. Arithmetic is float32 (float64 for float64 inputs) whatever the inputs' dtype.
+
+Both go block by block, so few tokens (or rows, where chunks are small) at a time that a dozen arrays of a
+block's hidden units stay in a core's cache between one elementwise operation and the next.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from refine_kernels.lact.layout import Widths
 from refine_kernels.lact.newton_schulz import newton_schulz, newton_schulz_backward
 from refine_kernels.lact.reference import NORM_EPS
 
+BLOCK = 1 << 16  # hidden units, tokens x dh, that are worked on at a time
+
 
 class Tokens(NamedTuple):
     """What an update reads of its chunk."""
@@ -25,6 +30,10 @@ class Tokens(NamedTuple):
     lr0: torch.Tensor  # [N, C, 1]
     lr1: torch.Tensor  # [N, C, 1]
     lr2: torch.Tensor  # [N, C, 1]
+
+    def block(self, rows: slice, tokens: slice, dtype: torch.dtype) -> Tokens:
+        """Some tokens of some rows, as arithmetic wants them."""
+        return Tokens(*(x[rows, tokens].to(dtype) for x in self))
 
 
 # ---- scan --------------------------------------------------------------------------------------------------
@@ -66,7 +75,7 @@ def scan_forward(
     for i in range(updates):
         chunk = slice(i * chunk_size, (i + 1) * chunk_size)
         weights = stack[:, i]
-        step = _gradient(weights, _tokens(weights, chunk, k, v, lr0, lr1, lr2), widths)
+        step = _gradient(weights, Tokens(*(x[:, chunk] for x in (k, v, lr0, lr1, lr2))), widths)
         if gate is not None:
             rate = gate[:, chunk].to(step.dtype).mean((1, 2))[:, None]
             step.addcmul_(steps[:, i], rate)
@@ -74,11 +83,11 @@ def scan_forward(
             steps[:, i + 1] = step
         if use_muon:
             step = _per_matrix(newton_schulz, widths, step)
-        total = step.add_(weights if unnormalised is None else sums[:, i])
+        total = torch.add(step, weights if unnormalised is None else sums[:, i], out=stack[:, i + 1])
         if unnormalised is not None:
             sums[:, i + 1] = total
         divisors[:, i + 1] = widths.row_norms(total)
-        stack[:, i + 1] = widths.scale_rows(total, norms / (divisors[:, i + 1] + NORM_EPS))
+        widths.scale_rows_(total, norms / (divisors[:, i + 1] + NORM_EPS))
     return stack, sums, steps, divisors
 
 
@@ -107,7 +116,9 @@ def scan_backward(
     def upstream(gradients: torch.Tensor | None, entry: int) -> torch.Tensor:
         return torch.zeros_like(stack[:, 0]) if gradients is None else gradients[:, entry].to(stack.dtype)
 
-    d_tokens = [torch.zeros(x.shape, dtype=stack.dtype, device=x.device) for x in (k, v, lr0, lr1, lr2)]
+    d_tokens = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v, lr0, lr1, lr2)]
+    for d in d_tokens:
+        d[:, updates * chunk_size :] = 0.0
     d_gate = None if gate is None else torch.zeros(gate.shape, dtype=stack.dtype, device=gate.device)
     d_norms = torch.zeros_like(norms)
     # what has been collected for the entry at hand: its applied weights, its running sum, its momentum
@@ -130,11 +141,10 @@ def scan_backward(
             rate = gate[:, chunk].to(stack.dtype).mean((1, 2))[:, None]
             d_gate[:, chunk] = ((d_gradient * steps[:, i]).sum(-1) / chunk_size)[:, None, None]
             d_step = upstream(d_steps, i).addcmul(d_gradient, rate)
-        *d_chunk, d_weights = _gradient_backward(
-            weights, _tokens(weights, chunk, k, v, lr0, lr1, lr2), d_gradient, widths
+        tokens = Tokens(*(x[:, chunk] for x in (k, v, lr0, lr1, lr2)))
+        d_weights = _gradient_backward(
+            weights, tokens, d_gradient, Tokens(*(d[:, chunk] for d in d_tokens)), widths
         )
-        for whole, part in zip(d_tokens, d_chunk):
-            whole[:, chunk] = part
         d_weights += upstream(d_stack, i)
         if not prenorm:
             d_weights += d_total
@@ -143,59 +153,103 @@ def scan_backward(
         d_sum if prenorm else stack.new_empty(0),
         d_step if gate is not None else stack.new_empty(0),
         d_norms,
-        *(d.to(x.dtype) for d, x in zip(d_tokens, (k, v, lr0, lr1, lr2))),
+        *d_tokens,
         stack.new_empty(0) if gate is None else d_gate.to(gate.dtype),
     )
 
 
-def _tokens(weights: torch.Tensor, chunk: slice, *tokens: torch.Tensor) -> Tokens:
-    return Tokens(*(x[:, chunk].to(weights.dtype) for x in tokens))
+def _blocks(rows: int, tokens: int, width: int) -> Iterator[tuple[slice, slice]]:
+    """Ranges of rows and of tokens that cover all, some rows whole or a part of one."""
+    fitting = max(BLOCK // width, 64)
+    some_rows, some_tokens = max(fitting // tokens, 1), min(fitting, tokens)
+    for n in range(0, rows, some_rows):
+        for t in range(0, tokens, some_tokens):
+            yield slice(n, min(n + some_rows, rows)), slice(t, min(t + some_tokens, tokens))
 
 
 def _gradient(weights: torch.Tensor, x: Tokens, widths: Widths) -> torch.Tensor:
     """The gradient of ``sum_t <f(k_t), v_t>`` with every token's rates, packed: ``[N, P]``."""
-    w02, w1 = widths.stacked(weights)
-    y0, y2 = (x.k @ w02.mT).split(widths.dh, dim=-1)
-    g = x.v @ w1
+    found = weights.new_empty(weights.shape)
+    (w02, w1), (g02, g1) = widths.stacked(weights), widths.stacked(found)
+    for n, t in _blocks(*x.k.shape[:2], widths.dh):
+        b = x.block(n, t, weights.dtype)
+        d, h = _hidden(b.k, b.v, w02[n], w1[n], widths.dh)
+        d0, d2 = d.split(widths.dh, dim=-1)
+        d0.mul_(b.lr0)
+        d2.mul_(b.lr2)
+        h.mul_(b.lr1)
+        _accumulate(g02[n], d, b.k, t)
+        _accumulate(g1[n], b.v, h, t)
+    return found
+
+
+def _hidden(
+    x: torch.Tensor,  # [n, t, dk]
+    u: torch.Tensor,  # [n, t, dv]
+    w02: torch.Tensor,  # [n, 2 dh, dk]
+    w1: torch.Tensor,  # [n, dv, dh]
+    dh: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of ``<f(x), u>`` at y0 | y2 ``[n, t, 2 dh]``, and the hidden units ``[n, t, dh]``."""
+    y = x @ w02.mT
+    y0, y2 = y.split(dh, dim=-1)
+    g = u @ w1
     s = y0.sigmoid()
     a = y0 * s
-    d02 = torch.cat([x.lr0 * g * y2 * (s + a * (1 - s)), x.lr2 * g * a], dim=-1)
-    g02 = d02.mT @ x.k
-    g1 = (x.lr1 * x.v).mT @ (a * y2)
-    return torch.cat([g02.flatten(1), g1.flatten(1)], dim=-1)
+    h = a * y2
+    slope = s.addcmul_(s, a, value=-1).add_(a)  # silu' = s + a (1 - s)
+    torch.mul(y2, slope, out=y0).mul_(g)
+    torch.mul(a, g, out=y2)
+    return y, h
+
+
+def _accumulate(into: torch.Tensor, a: torch.Tensor, b: torch.Tensor, tokens: slice) -> None:
+    """``into += a^T b``, or the first block's product in place of what was there."""
+    into.baddbmm_(a.mT, b, beta=0 if tokens.start == 0 else 1)
 
 
 def _gradient_backward(
     weights: torch.Tensor,  # [N, P]
     x: Tokens,
     d_gradient: torch.Tensor,  # [N, P]
+    d_x: Tokens,  # written
     widths: Widths,
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of k, v, lr0, lr1, lr2 and, last, of the weights."""
-    w02, w1 = widths.stacked(weights)
-    c02, c1 = widths.stacked(d_gradient)
-    y0, y2 = (x.k @ w02.mT).split(widths.dh, dim=-1)
-    g = x.v @ w1
-    e0, e2 = (x.k @ c02.mT).split(widths.dh, dim=-1)
-    e1 = x.v @ c1
-    s = y0.sigmoid()
-    a = y0 * s
-    slope = s + a * (1 - s)  # silu'
-    curvature = s * (1 - s) * (2 + y0 * (1 - 2 * s))  # silu''
-    gy2 = g * y2
-    d_lr0 = (e0 * gy2 * slope).sum(-1, keepdim=True)
-    d_lr1 = (e1 * y2 * a).sum(-1, keepdim=True)
-    d_lr2 = (e2 * g * a).sum(-1, keepdim=True)
-    e0, e1, e2 = e0 * x.lr0, e1 * x.lr1, e2 * x.lr2
-    d_g = e0 * y2 * slope + e2 * a
-    d_y = torch.cat(
-        [(e2 * g + e1 * y2) * slope + e0 * gy2 * curvature, e0 * g * slope + e1 * a], dim=-1
-    )  # of y0 | y2
-    d02 = torch.cat([x.lr0 * gy2 * slope, x.lr2 * g * a], dim=-1)
-    d_k = d02 @ c02 + d_y @ w02
-    d_v = (x.lr1 * y2 * a) @ c1.mT + d_g @ w1.mT
-    d_weights = torch.cat([(d_y.mT @ x.k).flatten(1), (x.v.mT @ d_g).flatten(1)], dim=-1)
-    return d_k, d_v, d_lr0, d_lr1, d_lr2, d_weights
+) -> torch.Tensor:
+    """Gradients of the tokens, written into ``d_x``, and of the weights ``[N, P]``."""
+    d_weights = weights.new_empty(weights.shape)
+    (w02, w1), (c02, c1) = widths.stacked(weights), widths.stacked(d_gradient)
+    into02, into1 = widths.stacked(d_weights)
+    for n, t in _blocks(*x.k.shape[:2], widths.dh):
+        b = x.block(n, t, weights.dtype)
+        y, e = b.k @ w02[n].mT, b.k @ c02[n].mT
+        (y0, y2), (e0, e2) = y.split(widths.dh, dim=-1), e.split(widths.dh, dim=-1)
+        g, e1 = b.v @ w1[n], b.v @ c1[n]
+        s = y0.sigmoid()
+        a = y0 * s
+        # silu'' = s (1 - s) (2 + y0 - 2 a), silu' = s + a (1 - s)
+        curvature = torch.sub(y0, a, alpha=2).add_(2).mul_(s.addcmul(s, s, value=-1))
+        slope = s.addcmul_(s, a, value=-1).add_(a)
+        # what the forward made of the tokens, before its rates
+        h, d2 = y2 * a, g * a
+        d0 = torch.mul(g, slope, out=y0).mul_(y2)
+        for d_rate, gradient, value in ((d_x.lr0, e0, d0), (d_x.lr1, e1, h), (d_x.lr2, e2, d2)):
+            d_rate[n, t] = (gradient * value).sum(-1, keepdim=True)
+        e0.mul_(b.lr0)
+        e1.mul_(b.lr1)
+        e2.mul_(b.lr2)
+        through = e0 * slope
+        d_g = (e2 * a).addcmul_(through, y2)
+        d_y0 = (e2 * g).addcmul_(e1, y2).mul_(slope).addcmul_(e0.mul_(g).mul_(y2), curvature)
+        torch.mul(through, g, out=e2).addcmul_(e1, a)
+        e0.copy_(d_y0)  # e is now the gradient at y0 | y2
+        d0.mul_(b.lr0)
+        torch.mul(d2, b.lr2, out=y2)  # y is now what the forward multiplied k with
+        h.mul_(b.lr1)
+        d_x.k[n, t] = torch.baddbmm(y @ c02[n], e, w02[n])
+        d_x.v[n, t] = torch.baddbmm(h @ c1[n].mT, d_g, w1[n].mT)
+        _accumulate(into02[n], e, b.k, t)
+        _accumulate(into1[n], b.v, d_g, t)
+    return d_weights
 
 
 def _norm_backward(
@@ -210,17 +264,16 @@ def _norm_backward(
     U itself is not kept: its direction ``U / (r + e)`` is the result over n. A row whose norm n is 0 stays 0
     and passes no gradient.
     """
-    shrunk = divisor + NORM_EPS
     inverse = torch.where(norms > 0, 1 / norms.clamp_min(1e-30), 0.0)
     along = widths.row_dots(d_applied, applied) * inverse  # <dW, U / (r + e)>
-    d_total = widths.scale_rows(d_applied, norms / shrunk)
-    d_total -= widths.scale_rows(applied, along / divisor.clamp_min(1e-30))
+    d_total = widths.scale_rows_(d_applied.clone(), norms / (divisor + NORM_EPS))
+    d_total -= widths.scale_rows_(applied.clone(), along / divisor.clamp_min(1e-30))
     return d_total, along
 
 
 def _per_matrix(function, widths: Widths, *flat: torch.Tensor) -> torch.Tensor:
-    """``function`` of w0, w1 and w2 of each argument apart, packed again."""
-    return widths.pack(*(function(*matrices) for matrices in zip(*(widths.unpack(x) for x in flat))))
+    """``function`` of the matrices of each argument, packed again."""
+    return widths.from_batches([function(*batch) for batch in zip(*(widths.batches(x) for x in flat))])
 
 
 # ---- apply -------------------------------------------------------------------------------------------------
@@ -235,11 +288,11 @@ def apply_forward(
 ) -> torch.Tensor:  # [N, L, dv]
     """Token t is read with entry ``(offset + t) // chunk_size``."""
     o = q.new_empty(*q.shape[:2], widths.dv)
-    for weights, start, end in _pieces(stack, q.shape[1], chunk_size, offset):
+    for weights, (x, into) in _pieces(stack, (q, o), chunk_size, offset):
         w02, w1 = widths.stacked(weights)
-        x = _by_chunk(q[:, start:end], weights).to(stack.dtype)
-        y0, y2 = (x @ w02.mT).split(widths.dh, dim=-1)
-        o[:, start:end] = (torch.nn.functional.silu(y0).mul_(y2) @ w1.mT).flatten(1, 2)
+        for n, t in _blocks(*x.shape[:2], widths.dh):
+            y0, y2 = (x[n, t].to(stack.dtype) @ w02[n].mT).split(widths.dh, dim=-1)
+            into[n, t] = torch.nn.functional.silu(y0).mul_(y2) @ w1[n].mT
     return o
 
 
@@ -252,40 +305,41 @@ def apply_backward(
     offset: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the stack ``[N, S, P]`` and of q."""
-    d_stack, d_q = torch.zeros_like(stack), torch.empty_like(q)
-    for weights, start, end in _pieces(stack, q.shape[1], chunk_size, offset):
-        w02, w1 = widths.stacked(weights)
-        x = _by_chunk(q[:, start:end], weights).to(stack.dtype)
-        d = _by_chunk(d_o[:, start:end], weights).to(stack.dtype)
-        y0, y2 = (x @ w02.mT).split(widths.dh, dim=-1)
-        s = y0.sigmoid()
-        a = y0 * s
-        d_hidden = d @ w1
-        d_y = torch.cat([d_hidden * y2 * (s + a * (1 - s)), d_hidden * a], dim=-1)
-        d_q[:, start:end] = (d_y @ w02).flatten(1, 2)
-        entry = (offset + start) // chunk_size
-        into02, into1 = widths.stacked(d_stack[:, entry : entry + weights.shape[1]])
-        into02 += d_y.mT @ x
-        into1 += d.mT @ (a * y2)
+    d_stack, d_q = torch.zeros_like(stack), q.new_empty(q.shape)
+    pieces = _pieces(stack, (q, d_o, d_q), chunk_size, offset)
+    gradients = _pieces(d_stack, (), chunk_size, offset, tokens=q.shape[1])
+    for (weights, (x, d, into)), (d_weights, _) in zip(pieces, gradients):
+        (w02, w1), (into02, into1) = widths.stacked(weights), widths.stacked(d_weights)
+        for n, t in _blocks(*x.shape[:2], widths.dh):
+            b_x, b_d = x[n, t].to(stack.dtype), d[n, t].to(stack.dtype)
+            d_y, h = _hidden(b_x, b_d, w02[n], w1[n], widths.dh)
+            into[n, t] = d_y @ w02[n]
+            _accumulate(into02[n], d_y, b_x, t)
+            _accumulate(into1[n], b_d, h, t)
     return d_stack, d_q
 
 
 def _pieces(
-    stack: torch.Tensor, tokens: int, chunk_size: int, offset: int
-) -> Iterator[tuple[torch.Tensor, int, int]]:
-    """Runs of tokens that can be read in one batch: a chunk already begun, all whole chunks, a chunk's start.
+    stack: torch.Tensor,  # [N, S, P]
+    over_tokens: tuple[torch.Tensor, ...],  # each [N, L, D]
+    chunk_size: int,
+    offset: int,
+    tokens: int | None = None,
+) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """What can be read in one batch: a chunk already begun of all rows, all whole chunks of a row, a chunk's start.
 
-    Yields the entries ``[N, s, P]`` and the range of tokens, s chunks of equal length.
+    Yields views: entries ``[n, P]`` and of each tensor over tokens ``[n, c, D]``.
     """
-    start = 0
+    start, tokens = 0, over_tokens[0].shape[1] if tokens is None else tokens
     while start < tokens:
         entry, inside = divmod(offset + start, chunk_size)
         whole = (tokens - start) // chunk_size if inside == 0 else 0
-        length = whole * chunk_size if whole else min(chunk_size - inside, tokens - start)
-        yield stack[:, entry : entry + max(whole, 1)], start, start + length
-        start += length
-
-
-def _by_chunk(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``[N, s c, D] -> [N, s, c, D]`` for entries ``[N, s, P]``."""
-    return x.unflatten(1, (weights.shape[1], -1))
+        if whole > 1:
+            end = start + whole * chunk_size
+            for n in range(len(stack)):
+                parts = [x[n, start:end].unflatten(0, (whole, chunk_size)) for x in over_tokens]
+                yield stack[n, entry : entry + whole], parts
+        else:
+            end = min(start + chunk_size - inside, tokens)
+            yield stack[:, entry], [x[:, start:end] for x in over_tokens]
+        start = end

@@ -44,6 +44,19 @@ class Widths(NamedTuple):
         w02 = flat[..., :split].unflatten(-1, (2 * self.dh, self.dk))
         return w02, flat[..., split:].unflatten(-1, (self.dv, self.dh))
 
+    def batches(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """``[..., P] ->`` views that hold the matrices of one shape each: ``[..., 3, D, D]`` if all are square,
+        else w0 and w2 ``[..., 2, dh, dk]`` and w1 ``[..., 1, dv, dh]``."""
+        if self.dk == self.dh == self.dv:
+            return [flat.unflatten(-1, (3, self.dh, self.dk))]
+        w02, w1 = self.stacked(flat)
+        return [w02.unflatten(-2, (2, self.dh)), w1.unsqueeze(-3)]
+
+    def from_batches(self, batches: list[torch.Tensor]) -> torch.Tensor:
+        """The inverse of :meth:`batches`: ``[..., P]``."""
+        flat = [x.flatten(-3) for x in batches]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
+
     def row_norms(self, flat: torch.Tensor) -> torch.Tensor:
         """``[..., P] -> [..., R]``: the l2 norm of every row, in the order of the layout."""
         w02, w1 = self.stacked(flat)
@@ -59,6 +72,13 @@ class Widths(NamedTuple):
         w02, w1 = self.stacked(flat)
         f02, f1 = factor[..., : 2 * self.dh, None], factor[..., 2 * self.dh :, None]
         return torch.cat([(w02 * f02).flatten(-2), (w1 * f1).flatten(-2)], dim=-1)
+
+    def scale_rows_(self, flat: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """:meth:`scale_rows` in place."""
+        w02, w1 = self.stacked(flat)
+        w02 *= factor[..., : 2 * self.dh, None]
+        w1 *= factor[..., 2 * self.dh :, None]
+        return flat
 
 
 def widths_of(w0: torch.Tensor, w1: torch.Tensor) -> Widths:

@@ -8,6 +8,8 @@ autograd graph (a branch that goes on from there) calls the two apart.
 from __future__ import annotations
 
 import contextlib
+import importlib
+from types import ModuleType
 
 import torch
 
@@ -16,8 +18,8 @@ from refine_kernels.lact import checks, chunked, reference
 from refine_kernels.lact.layout import Widths, count_entries, widths_of
 from refine_kernels.lact.state import LaCTState, LaCTWeights, accumulation_dtype
 
-IMPLEMENTATIONS = {"torch": chunked}  # backend -> a module with scan_ and apply_, forward and backward
-BACKENDS = ("reference", *IMPLEMENTATIONS)
+BACKENDS = ("triton", "torch", "reference")
+_TRITON = {"scan": "triton_update", "apply": "triton_apply"}
 
 
 def chunk_lact(
@@ -60,7 +62,7 @@ def chunk_lact(
         prenorm: sum the updates without normalising, and normalise only what is applied.
         initial_state: go on from here, also inside a chunk.
         output_final_state: also return the state after the last token.
-        backend: ``"torch"``, ``"reference"``, or ``None`` to choose by device.
+        backend: ``"triton"``, ``"torch"``, ``"reference"``, or ``None`` to choose by device.
 
     Returns:
         o ``[N, L, dv]`` in q's dtype; with ``output_final_state`` the pair (o, :class:`LaCTState`).
@@ -235,7 +237,7 @@ def _scan_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`chunked.scan_forward`."""
     with _no_autocast(k):
-        return IMPLEMENTATIONS[backend].scan_forward(
+        return _implementation(backend, "scan").scan_forward(
             applied, unnormalised, momentum, norms, k, v, lr0, lr1, lr2, gate,
             Widths(*widths), chunk_size, updates, use_muon,
         )  # fmt: skip
@@ -278,7 +280,7 @@ def _scan_backward_op(
 ) -> list[torch.Tensor]:
     """See :func:`chunked.scan_backward`."""
     with _no_autocast(k):
-        gradients = IMPLEMENTATIONS[backend].scan_backward(
+        gradients = _implementation(backend, "scan").scan_backward(
             stack, steps, divisors, norms, k, v, lr0, lr1, lr2, gate, d_stack, d_sums, d_steps,
             Widths(*widths), chunk_size, use_muon, prenorm,
         )  # fmt: skip
@@ -345,7 +347,7 @@ def _apply_op(
 ) -> torch.Tensor:
     """See :func:`chunked.apply_forward`."""
     with _no_autocast(q):
-        return IMPLEMENTATIONS[backend].apply_forward(stack, q, Widths(*widths), chunk_size, offset)
+        return _implementation(backend, "apply").apply_forward(stack, q, Widths(*widths), chunk_size, offset)
 
 
 @_apply_op.register_fake
@@ -365,7 +367,9 @@ def _apply_backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`chunked.apply_backward`."""
     with _no_autocast(q):
-        return IMPLEMENTATIONS[backend].apply_backward(stack, q, d_o, Widths(*widths), chunk_size, offset)
+        return _implementation(backend, "apply").apply_backward(
+            stack, q, d_o, Widths(*widths), chunk_size, offset
+        )
 
 
 @_apply_backward_op.register_fake
@@ -387,10 +391,17 @@ def _differentiate_apply(ctx, d_o):
 _apply_op.register_autograd(_differentiate_apply, setup_context=_remember_apply)
 
 
+def _implementation(backend: str, part: str) -> ModuleType:
+    """The module that runs "scan" or "apply", forward and backward; the kernels are imported at their first use."""
+    if backend == "torch":
+        return chunked
+    return importlib.import_module(f"refine_kernels.lact.{_TRITON[part]}")
+
+
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """To the autocast dtype where autocast is on; float64 stays what it is, as everywhere in PyTorch."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

@@ -18,6 +18,9 @@ needs another exponential or logarithm of a whole row:
     H      = log_s - sum(p d) / c         both terms >= 0, and neither knows m: shifts cost no accuracy
 
     dL/dq  = g_lp (1_y - p) - g_H p (log p + H) + g_lse p
+
+Where the vocabulary is cut over a process group, ``m``, ``log_s`` and the mean of ``d`` are those of this rank's
+slice until `partials.py` joins them, and the backward takes ``log p = q - lse`` from the joined lse.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from typing import NamedTuple
 
 import torch
 
+from refine_kernels.linear_logprob.partials import Partials, VocabGroup, combine, finish
 from refine_kernels.linear_logprob.philox import gumbel
 
 # Rows of a product: 16 MiB of logits, or 256 rows where that is more (with 128 the products are 8% slower).
@@ -45,24 +49,10 @@ NOISE_ELEMENTS = 1 << 15
 class Head:
     """``q = softcap(x W^T + b) / temperature`` and the arithmetic it is computed in."""
 
-    weight: torch.Tensor  # [V, D] float32 or float64
-    bias: torch.Tensor | None  # [V] same
+    weight: torch.Tensor  # [V, D] in the dtype that products take
+    bias: torch.Tensor | None  # [V] in the dtype that they add up in
     softcap: float | None
     temperature: float
-
-    @classmethod
-    def of(
-        cls,
-        x: torch.Tensor,  # [N, D]
-        weight: torch.Tensor,  # [V, D]
-        bias: torch.Tensor | None,  # [V]
-        softcap: float | None,
-        temperature: float = 1.0,
-    ) -> Head:
-        """The head in the dtype of the arithmetic; a half-precision weight is converted once per call."""
-        dtype = accumulation_dtype(x, weight)
-        bias = None if bias is None else bias.to(dtype)
-        return cls(weight.to(dtype).contiguous(), bias, softcap, temperature)
 
     def scaled_logits_(
         self,
@@ -85,6 +75,14 @@ class Rows(NamedTuple):
     log_s: torch.Tensor  # log sum exp(q - m)
     c: torch.Tensor  # sum of the kernel's probabilities
 
+    def within(
+        self,
+        lse: torch.Tensor,  # [B, 1]
+    ) -> Rows:
+        """The same row as a part of one with this lse; a part that weighs nothing has an infinite c."""
+        log_s = lse - self.m
+        return Rows(self.m, log_s, self.c * (log_s - self.log_s).exp())
+
 
 class Upstream(NamedTuple):
     """What arrives for each row: dL/d(logprob), dL/d(entropy), dL/d(lse). All ``[N]``."""
@@ -97,25 +95,35 @@ class Upstream(NamedTuple):
     def at(
         self,
         rows: torch.Tensor,  # [B]
-    ) -> Upstream:  # [B, 1] each
-        return Upstream(*(None if g is None else g[rows, None] for g in self))
+    ) -> Upstream:  # [B] each
+        return Upstream(*(None if g is None else g[rows] for g in self))
+
+    def live(self) -> torch.Tensor:  # [N]
+        """Which rows have a gradient at all."""
+        live = self.logprob != 0
+        for g in (self.entropy, self.lse):
+            live = live if g is None else live | (g != 0)
+        return live
 
 
 class Gradients:
-    """dx, dW and db, each only where needed, accumulated over chunks in the dtype of the arithmetic."""
+    """dx, dW and db, each only where needed, accumulated over chunks in ``dtype``; a row of dx is final at once and
+    may be kept in another, ``x_dtype``."""
 
     def __init__(
         self,
         x: torch.Tensor,  # [N, D]
         head: Head,
         needs: tuple[bool, bool, bool],
+        dtype: torch.dtype,
+        x_dtype: torch.dtype | None = None,
     ) -> None:
         w = head.weight
         self.head = head
         self.needs_x, self.needs_weight, self.needs_bias = needs
-        self.x = w.new_zeros(x.shape if self.needs_x else 0)  # [N, D]
-        self.weight = w.new_zeros(w.shape if self.needs_weight else 0)  # [V, D]
-        self.bias = w.new_zeros(w.shape[0] if self.needs_bias else 0)  # [V]
+        self.x = w.new_zeros(x.shape if self.needs_x else 0, dtype=x_dtype or dtype)  # [N, D]
+        self.weight = w.new_zeros(w.shape if self.needs_weight else 0, dtype=dtype)  # [V, D]
+        self.bias = w.new_zeros(w.shape[0] if self.needs_bias else 0, dtype=dtype)  # [V]
 
     def add(
         self,
@@ -131,6 +139,19 @@ class Gradients:
             self.bias += dz.sum(0)
 
 
+def head_of(
+    x: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None,  # [V]
+    softcap: float | None,
+    temperature: float = 1.0,
+) -> Head:
+    """The head in the dtype of the arithmetic; a half-precision weight is converted once per call."""
+    dtype = accumulation_dtype(x, weight)
+    bias = None if bias is None else bias.to(dtype)
+    return Head(weight.to(dtype).contiguous(), bias, softcap, temperature)
+
+
 def forward(
     x: torch.Tensor,  # [N, D]
     head: Head,
@@ -143,29 +164,41 @@ def forward(
     need_lse: bool,
     sample: bool,
     greedy: bool,
+    group: VocabGroup | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-prob, entropy, lse and token of every row, each ``[N]``, or ``[0]`` where not needed."""
-    N = x.shape[0]
-    logprob = head.weight.new_empty(N if need_logprob else 0)
-    entropy = head.weight.new_empty(N if need_entropy else 0)
-    lse = head.weight.new_empty(N if need_lse else 0)
-    token = x.new_empty(N if sample else 0, dtype=torch.int64)
+    N, V = x.shape[0], head.weight.shape[0]
+    start = 0 if group is None else group.start
+    columns = torch.arange(start, start + V, device=x.device)
+
+    def new(need: bool, **dtype: torch.dtype) -> torch.Tensor | None:
+        return head.weight.new_empty(N, **dtype) if need else None
+
+    part = Partials(
+        new(True),
+        new(True),
+        new(need_entropy),
+        new(need_logprob),
+        new(sample),
+        new(sample, dtype=torch.int64),
+    )
     for rows, _, q, d in _chunks(x, head, torch.arange(N, device=x.device)):
         for rows_b, q_b, d_b in _blocks(rows, q, d):
             if sample:
-                token[rows_b] = q_b.argmax(-1) if greedy else _draw(q_b, seed[rows_b])
+                part.best[rows_b], drawn = q_b.max(1) if greedy else _draw(q_b, seed[rows_b], columns)
+                part.token[rows_b] = drawn + start
             if need_logprob:
-                y = token[rows_b] if target is None else target[rows_b]
-                valid = y != ignore_index
-                q_y = q_b.gather(1, torch.where(valid, y, 0)[:, None])  # [B, 1]
+                y = drawn if target is None else target[rows_b] - start
+                held = (y >= 0) & (y < V)
+                q_y = q_b.gather(1, torch.where(held, y, 0)[:, None])[:, 0]
+                part.q_y[rows_b] = torch.where(held, q_y, -torch.inf)
             row = _softmax_(q_b, d_b)
-            if need_logprob:
-                logprob[rows_b] = torch.where(valid, (q_y - row.m - row.log_s)[:, 0], 0.0)
+            part.m[rows_b], part.log_s[rows_b] = row.m[:, 0], row.log_s[:, 0]
             if need_entropy:
-                entropy[rows_b] = _entropy(q_b, d_b, row)[:, 0]
-            if need_lse:
-                lse[rows_b] = (row.m + row.log_s)[:, 0]
-    return logprob, entropy, lse, token
+                part.e[rows_b] = _mean(q_b, d_b, row)[:, 0]
+    if group is not None:
+        part = combine(group.gather(part), drawn=target is None)
+    return finish(part, target, ignore_index, need_lse)
 
 
 def backward(
@@ -176,18 +209,23 @@ def backward(
     *,
     ignore_index: int,
     needs: tuple[bool, bool, bool],
+    lse: torch.Tensor | None = None,  # [N], beside group
+    group: VocabGroup | None = None,
 ) -> Gradients:
     """Gradients of the general path. Rows whose upstream gradients are all zero cost nothing."""
-    target, upstream = _without_ignored(target, upstream, ignore_index)
-    live = upstream.logprob != 0
-    for g in (upstream.entropy, upstream.lse):
-        live = live if g is None else live | (g != 0)
-    gradients = Gradients(x, head, needs)
-    for rows, x_c, q, d in _chunks(x, head, live.nonzero()[:, 0]):
+    target, upstream = without_ignored(target, upstream, ignore_index)
+    if group is not None:
+        target = target - group.start
+    gradients = Gradients(x, head, needs, head.weight.dtype)
+    for rows, x_c, q, d in _chunks(x, head, upstream.live().nonzero()[:, 0]):
         for rows_b, q_b, d_b in _blocks(rows, q, d):
             row = _softmax_(q_b, d_b)
-            _gradient_(q_b, d_b, row, target[rows_b, None], upstream.at(rows_b), head)
+            if group is not None:
+                row = row.within(lse[rows_b, None])
+            _gradient_(q_b, d_b, row, target[rows_b], upstream.at(rows_b), head)
         gradients.add(q, x_c, rows)
+    if group is not None and gradients.needs_x:
+        group.sum_(gradients.x)
     return gradients
 
 
@@ -206,20 +244,20 @@ def loss_and_gradients(
     Rows that are ignored or have scale zero cost one product instead of three where entropies are asked
     for, and nothing where they are not.
     """
-    target, upstream = _without_ignored(target, Upstream(-row_scale, None, None, None), ignore_index)
-    live = upstream.logprob != 0
+    target, upstream = without_ignored(target, Upstream(-row_scale, None, None, None), ignore_index)
+    live = upstream.live()
     logprob = torch.zeros_like(upstream.logprob)  # [N]
     entropy = torch.empty_like(logprob) if need_entropy else logprob.new_empty(0)
-    gradients = Gradients(x, head, needs)
+    gradients = Gradients(x, head, needs, head.weight.dtype)
 
     for rows, x_c, q, d in _chunks(x, head, live.nonzero()[:, 0]):
         for rows_b, q_b, d_b in _blocks(rows, q, d):
-            y = target[rows_b, None]
-            q_y = q_b.gather(1, y)  # [B, 1]
+            y = target[rows_b]
+            q_y = q_b.gather(1, y[:, None])  # [B, 1]
             row = _softmax_(q_b, d_b)
             logprob[rows_b] = (q_y - row.m - row.log_s)[:, 0]
             if need_entropy:
-                entropy[rows_b] = _entropy(q_b, d_b, row)[:, 0]
+                entropy[rows_b] = (row.log_s - _mean(q_b, d_b, row))[:, 0]
             if any(needs):
                 _gradient_(q_b, d_b, row, y, upstream.at(rows_b), head)
         gradients.add(q, x_c, rows)
@@ -227,7 +265,8 @@ def loss_and_gradients(
     if need_entropy:
         for rows, _, q, d in _chunks(x, head, (~live).nonzero()[:, 0]):
             for rows_b, q_b, d_b in _blocks(rows, q, d):
-                entropy[rows_b] = _entropy(q_b, d_b, _softmax_(q_b, d_b))[:, 0]
+                row = _softmax_(q_b, d_b)
+                entropy[rows_b] = (row.log_s - _mean(q_b, d_b, row))[:, 0]
     return (upstream.logprob * logprob).sum(), entropy, gradients
 
 
@@ -281,22 +320,24 @@ def _softmax_(
     return Rows(m, (c / q.amax(1, keepdim=True)).log_(), c)
 
 
-def _entropy(
+def _mean(
     p: torch.Tensor,  # [B, V] probabilities times c
     d: torch.Tensor,  # [B, V]
     row: Rows,
 ) -> torch.Tensor:  # [B, 1]
-    return row.log_s - (p * d).sum(1, keepdim=True) / row.c
+    """The mean of d under p: the entropy is log_s less it."""
+    return (p * d).sum(1, keepdim=True) / row.c
 
 
 def _gradient_(
     p: torch.Tensor,  # [B, V] probabilities times c -> dL/d(x W^T + b)
     d: torch.Tensor,  # [B, V] used up
     row: Rows,
-    y: torch.Tensor,  # [B, 1]
-    g: Upstream,  # [B, 1] each
+    y: torch.Tensor,  # [B]; outside [0, V) where another rank holds it
+    g: Upstream,  # [B] each
     head: Head,
 ) -> None:
+    g = Upstream(*(None if value is None else value[:, None] for value in g))
     # dL/dq = p (g_lse - g_lp - g_H (log p + H)) + g_lp 1_y, with log p = d - log_s
     factor = -g.logprob
     if g.lse is not None:
@@ -304,7 +345,8 @@ def _gradient_(
     if g.entropy is not None:
         factor = torch.addcmul(factor + g.entropy * (row.log_s - g.row_entropy), g.entropy, d, value=-1)
     p.mul_(factor.div_(row.c))
-    p.scatter_add_(1, y, g.logprob)
+    held = ((y >= 0) & (y < p.shape[1]))[:, None]
+    p.scatter_add_(1, torch.where(held, y[:, None], 0), torch.where(held, g.logprob, 0.0))
     if head.softcap is not None:
         # q T / cap = tanh(.), and its derivative is 1 - tanh^2; the cap itself cancels
         d.add_(row.m).mul_(head.temperature / head.softcap)
@@ -313,7 +355,7 @@ def _gradient_(
         p.div_(head.temperature)
 
 
-def _without_ignored(
+def without_ignored(
     target: torch.Tensor | None,  # [N]
     upstream: Upstream,
     ignore_index: int,
@@ -329,8 +371,10 @@ def _without_ignored(
 def _draw(
     q: torch.Tensor,  # [B, V]
     seed: torch.Tensor,  # [B]
-) -> torch.Tensor:  # [B]
-    columns = torch.arange(q.shape[1], device=q.device)
+    columns: torch.Tensor,  # [V], of the whole vocabulary
+) -> tuple[torch.Tensor, torch.Tensor]:  # [B] each
+    """The largest sum of logit and noise, and where it is."""
     rows = max(1, NOISE_ELEMENTS // q.shape[1])
     parts = zip(q.split(rows), seed[:, None].split(rows))
-    return torch.cat([(q_part + gumbel(seed_part, columns)).argmax(1) for q_part, seed_part in parts])
+    best = [(q_part + gumbel(seed_part, columns)).max(1) for q_part, seed_part in parts]
+    return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])

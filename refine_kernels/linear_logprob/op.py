@@ -7,14 +7,15 @@ files below trust their arguments.
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 
 from refine_kernels.dispatch import choose_backend
 from refine_kernels.linear_logprob import chunked, reference
+from refine_kernels.linear_logprob.partials import VocabGroup, vocab_slices
 from refine_kernels.linear_logprob.reference import LinearLogprobOutput, resolve_seeds
 
-_BACKENDS = ("reference", "torch")
 _REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -31,6 +32,7 @@ def linear_logprob(
     seed: int | torch.Tensor | None = None,  # [...] when a tensor
     bias: torch.Tensor | None = None,  # [V]
     logit_softcap: float | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> LinearLogprobOutput:
     """Log-probs, entropies, log-sum-exps and samples of a linear head, without the logits.
@@ -54,7 +56,14 @@ def linear_logprob(
             ``None`` takes a seed from PyTorch's default generator.
         bias: ``[V]``, finite.
         logit_softcap: ``c`` in ``z = c tanh(z / c)``, positive.
-        backend: ``"torch"``, ``"reference"`` or ``None`` (see ``refine_kernels.dispatch``).
+        process_group: the vocabulary is cut over these ranks: ``weight`` (and ``bias``) is this rank's slice, the
+            ranks' slices in order make up the whole, of equal or unequal sizes. x, target, seed and the settings
+            are the same on all ranks, and so are all outputs: those of the whole weight, the drawn token too
+            (a seed of ``None`` needs equal generators for that). Targets and tokens are of the whole
+            vocabulary. The backward sums dx over the ranks and must run on all of them. One integer and then
+            O(N) numbers a rank are exchanged, which ``torch.compile(fullgraph=True)`` cannot trace.
+        backend: ``"triton"``, ``"torch"``, ``"reference"`` or ``None`` (see ``refine_kernels.dispatch``). float64
+            takes the PyTorch path in place of Triton; the reference knows no process group.
 
     Returns:
         ``LinearLogprobOutput(logprob, entropy, lse, token)``, each ``[...]``: float32 (float64 for float64
@@ -66,15 +75,17 @@ def linear_logprob(
     """
     _check_head(x, weight, bias, logit_softcap)
     _check_temperature(temperature, sample)
+    group, V = _vocabulary(weight, process_group)
     if target is not None:
-        _check_target(target, x, weight.shape[0], ignore_index)
+        _check_target(target, x, V, ignore_index, split=group is not None)
     if sample:
         _check_seed(seed, x)
     elif target is None and not (return_entropy or return_lse):
         raise ValueError("target is None: give one, or ask for return_entropy, return_lse or sample")
     x, weight, bias = _autocast(x, weight, bias)
 
-    if choose_backend(backend, x, _BACKENDS) == "reference":
+    backend = _backend(backend, x, weight, group)
+    if backend == "reference":
         return reference.linear_logprob(
             x, weight, target, temperature=temperature, ignore_index=ignore_index,
             return_entropy=return_entropy, return_lse=return_lse, sample=sample, seed=seed,
@@ -88,7 +99,8 @@ def linear_logprob(
         _rows(x), weight, bias,
         None if target is None else target.reshape(-1).long(),
         None if seeds is None else seeds.reshape(-1),
-        float(temperature), logit_softcap, ignore_index, return_entropy, return_lse, sample,
+        float(temperature), logit_softcap, ignore_index, return_entropy, return_lse or group is not None, sample,
+        backend, *_named(group),
     )  # fmt: skip
     asked = (target is not None or sample, return_entropy, return_lse, sample)
     return LinearLogprobOutput(*(out.view(leading) if a else None for out, a in zip(outputs, asked)))
@@ -105,6 +117,7 @@ def linear_cross_entropy(
     return_entropy: bool = False,
     bias: torch.Tensor | None = None,  # [V]
     logit_softcap: float | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of a linear head without the logits, and the entropies of all rows off the same pass.
@@ -124,7 +137,14 @@ def linear_cross_entropy(
             (``linear_logprob``'s does).
         bias: ``[V]``, finite.
         logit_softcap: ``c`` in ``z = c tanh(z / c)``, positive.
-        backend: ``"torch"``, ``"reference"`` or ``None`` (see ``refine_kernels.dispatch``).
+        process_group: the vocabulary is cut over these ranks: ``weight`` (and ``bias``) is this rank's slice, the
+            ranks' slices in order make up the whole, of equal or unequal sizes. x, target, seed and the settings
+            are the same on all ranks, and so are all outputs: those of the whole weight, the drawn token too
+            (a seed of ``None`` needs equal generators for that). Targets and tokens are of the whole
+            vocabulary. The backward sums dx over the ranks and must run on all of them. One integer and then
+            O(N) numbers a rank are exchanged, which ``torch.compile(fullgraph=True)`` cannot trace.
+        backend: ``"triton"``, ``"torch"``, ``"reference"`` or ``None`` (see ``refine_kernels.dispatch``). float64
+            takes the PyTorch path in place of Triton; the reference knows no process group.
 
     Returns:
         The loss, a scalar or ``[...]``; with ``return_entropy`` the pair (loss, entropy ``[...]``). float32
@@ -134,14 +154,16 @@ def linear_cross_entropy(
         ValueError: an argument has a wrong type, shape, device or value.
     """
     _check_head(x, weight, bias, logit_softcap)
-    _check_target(target, x, weight.shape[0], ignore_index)
+    group, V = _vocabulary(weight, process_group)
+    _check_target(target, x, V, ignore_index, split=group is not None)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
     if row_weight is not None:
         _check_row_weight(row_weight, x)
     x, weight, bias = _autocast(x, weight, bias)
 
-    if choose_backend(backend, x, _BACKENDS) == "reference":
+    backend = _backend(backend, x, weight, group)
+    if backend == "reference":
         return reference.linear_cross_entropy(
             x, weight, target, reduction=reduction, ignore_index=ignore_index, row_weight=row_weight,
             return_entropy=return_entropy, bias=bias, logit_softcap=logit_softcap,
@@ -151,19 +173,23 @@ def linear_cross_entropy(
     dtype = chunked.accumulation_dtype(x, weight)
     scale = torch.ones_like(y, dtype=dtype) if row_weight is None else row_weight.reshape(-1).to(dtype)  # [N]
 
-    if reduction == "none":  # the upstream gradient is one number per row: the general path
+    if reduction == "mean":
+        scale = scale / (y != ignore_index).sum().clamp_min(1)
+    if reduction == "none" or group is not None:
+        # The upstream gradient is one number per row, or the row is not known before the ranks have exchanged
+        # what they have of it: the general path.
         logprob, entropy, _, _ = _linear_logprob(
-            rows, weight, bias, y, None, 1.0, logit_softcap, ignore_index, return_entropy, False, False
-        )
-        loss = -(logprob * scale).view(leading)
+            rows, weight, bias, y, None, 1.0, logit_softcap, ignore_index, return_entropy, group is not None, False,
+            backend, *_named(group),
+        )  # fmt: skip
+        loss = -(logprob * scale)
+        loss = loss.view(leading) if reduction == "none" else loss.sum()
     else:
-        if reduction == "mean":
-            scale = scale / (y != ignore_index).sum().clamp_min(1)
         grad = torch.is_grad_enabled()
         loss, entropy, _, _, _ = _dense_cross_entropy(
             rows, weight, bias, y, scale, logit_softcap, ignore_index, return_entropy,
             grad and x.requires_grad, grad and weight.requires_grad,
-            grad and bias is not None and bias.requires_grad,
+            grad and bias is not None and bias.requires_grad, backend,
         )  # fmt: skip
     return (loss, entropy.detach().view(leading)) if return_entropy else loss
 
@@ -184,12 +210,16 @@ def _linear_logprob(
     need_entropy: bool,
     need_lse: bool,
     sample: bool,
+    backend: str = "torch",
+    group: str = "",
+    group_start: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-prob, entropy, lse, token: ``[N]``, or ``[0]`` where not needed."""
+    """Log-prob, entropy, lse, token: ``[N]``, or ``[0]`` where not needed. The lse is needed beside a group."""
+    path = _path(backend)
     with torch.autocast(x.device.type, enabled=False):
-        return chunked.forward(
+        return path.forward(
             x,
-            chunked.Head.of(x, weight, bias, softcap, temperature or 1.0),
+            path.head_of(x, weight, bias, softcap, temperature or 1.0),
             target,
             seed,
             ignore_index=ignore_index,
@@ -198,11 +228,13 @@ def _linear_logprob(
             need_lse=need_lse,
             sample=sample,
             greedy=temperature == 0,
+            group=_group(group, group_start),
         )
 
 
 @_linear_logprob.register_fake
-def _(x, weight, bias, target, seed, temperature, softcap, ignore_index, need_entropy, need_lse, sample):
+def _(x, weight, bias, target, seed, temperature, softcap, ignore_index, need_entropy, need_lse, sample,
+      backend="torch", group="", group_start=0):  # fmt: skip
     N, dtype = x.shape[0], chunked.accumulation_dtype(x, weight)
     values = (
         x.new_empty(N if need else 0, dtype=dtype)
@@ -218,6 +250,7 @@ def _linear_logprob_backward(
     bias: torch.Tensor | None,  # [V]
     target: torch.Tensor | None,  # [N]
     entropy: torch.Tensor | None,  # [N]
+    lse: torch.Tensor | None,  # [N]
     grad_logprob: torch.Tensor | None,  # [N]
     grad_entropy: torch.Tensor | None,  # [N]
     grad_lse: torch.Tensor | None,  # [N]
@@ -227,26 +260,32 @@ def _linear_logprob_backward(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
+    backend: str,
+    group: str,
+    group_start: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx ``[N, D]``, dW ``[V, D]``, db ``[V]``, dtypes of x, weight and bias; ``[0]`` where not needed."""
     if grad_logprob is None:
         grad_logprob = x.new_zeros(x.shape[0], dtype=chunked.accumulation_dtype(x, weight))
+    path = _path(backend)
     with torch.autocast(x.device.type, enabled=False):
-        gradients = chunked.backward(
+        gradients = path.backward(
             x,
-            chunked.Head.of(x, weight, bias, softcap, temperature or 1.0),
+            path.head_of(x, weight, bias, softcap, temperature or 1.0),
             target,
             chunked.Upstream(grad_logprob, grad_entropy, grad_lse, entropy),
             ignore_index=ignore_index,
             needs=(need_x, need_weight, need_bias),
+            lse=lse,
+            group=_group(group, group_start),
         )
     bias_dtype = gradients.bias.dtype if bias is None else bias.dtype
     return gradients.x.to(x.dtype), gradients.weight.to(weight.dtype), gradients.bias.to(bias_dtype)
 
 
 @_linear_logprob_backward.register_fake
-def _(x, weight, bias, target, entropy, grad_logprob, grad_entropy, grad_lse, temperature, softcap,
-      ignore_index, need_x, need_weight, need_bias):  # fmt: skip
+def _(x, weight, bias, target, entropy, lse, grad_logprob, grad_entropy, grad_lse, temperature, softcap,
+      ignore_index, need_x, need_weight, need_bias, backend, group, group_start):  # fmt: skip
     bias_dtype = chunked.accumulation_dtype(x, weight) if bias is None else bias.dtype
     return (
         x.new_empty(x.shape if need_x else 0),
@@ -256,21 +295,22 @@ def _(x, weight, bias, target, entropy, grad_logprob, grad_entropy, grad_lse, te
 
 
 def _linear_logprob_setup(ctx, inputs, output):
-    x, weight, bias, target, _, temperature, softcap, ignore_index, need_entropy, need_lse, sample = inputs
-    _, entropy, _, token = output
+    x, weight, bias, target, _, temperature, softcap, ignore_index, need_entropy, need_lse, sample, *where = (
+        inputs
+    )
+    _, entropy, lse, token = output
     y = token if target is None and sample else target
-    ctx.save_for_backward(x, weight, bias, y, entropy if need_entropy else None)
+    ctx.save_for_backward(x, weight, bias, y, entropy if need_entropy else None, lse if where[1] else None)
     ctx.asked = (y is not None, need_entropy, need_lse)
-    ctx.settings = (temperature, softcap, ignore_index)
+    ctx.settings, ctx.where = (temperature, softcap, ignore_index), where
     ctx.set_materialize_grads(False)
 
 
 def _linear_logprob_gradients(ctx, grad_logprob, grad_entropy, grad_lse, _):
-    x, weight, bias, y, entropy = ctx.saved_tensors
     upstream = (g if asked else None for g, asked in zip((grad_logprob, grad_entropy, grad_lse), ctx.asked))
     needs = ctx.needs_input_grad[:3]
-    gradients = _linear_logprob_backward(x, weight, bias, y, entropy, *upstream, *ctx.settings, *needs)
-    return *(g if need else None for g, need in zip(gradients, needs)), *[None] * 8
+    gradients = _linear_logprob_backward(*ctx.saved_tensors, *upstream, *ctx.settings, *needs, *ctx.where)
+    return *(g if need else None for g, need in zip(gradients, needs)), *[None] * 11
 
 
 _linear_logprob.register_autograd(_linear_logprob_gradients, setup_context=_linear_logprob_setup)
@@ -292,16 +332,18 @@ def _dense_cross_entropy(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
+    backend: str = "torch",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss ``[]``, entropy ``[N]``, and the loss's dx, dW, db, float32 (float64); ``[0]`` where not needed.
 
     The gradients stay float32 until the backward has multiplied them by the upstream scalar: rounded once,
     and a loss scale for float16 still finds what is below float16's range.
     """
+    path = _path(backend)
     with torch.autocast(x.device.type, enabled=False):
-        loss, entropy, gradients = chunked.loss_and_gradients(
+        loss, entropy, gradients = path.loss_and_gradients(
             x,
-            chunked.Head.of(x, weight, bias, softcap),
+            path.head_of(x, weight, bias, softcap),
             target,
             row_scale,
             ignore_index=ignore_index,
@@ -312,9 +354,8 @@ def _dense_cross_entropy(
 
 
 @_dense_cross_entropy.register_fake
-def _(
-    x, weight, bias, target, row_scale, softcap, ignore_index, need_entropy, need_x, need_weight, need_bias
-):
+def _(x, weight, bias, target, row_scale, softcap, ignore_index, need_entropy, need_x, need_weight, need_bias,
+      backend="torch"):  # fmt: skip
     dtype = chunked.accumulation_dtype(x, weight)
     shapes = [(), x.shape[:1], x.shape, weight.shape, weight.shape[:1]]
     needed = [True, need_entropy, need_x, need_weight, need_bias]
@@ -330,15 +371,61 @@ def _dense_setup(ctx, inputs, output):
 
 def _dense_gradients(ctx, grad_loss, *_):
     if grad_loss is None:
-        return (None,) * 11
+        return (None,) * 12
     gradients = [
-        (gradient * grad_loss).to(dtype) if need else None
+        torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=dtype)) if need else None
         for gradient, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3])
     ]
-    return *gradients, *[None] * 8
+    return *gradients, *[None] * 9
 
 
 _dense_cross_entropy.register_autograd(_dense_gradients, setup_context=_dense_setup)
+
+
+# ---- paths and groups ------------------------------------------------------------------------------------
+
+
+def _backend(
+    backend: str | None,
+    x: torch.Tensor,  # [..., D]
+    weight: torch.Tensor,  # [V, D]
+    group: VocabGroup | None,
+) -> str:
+    """``"triton"``, ``"torch"`` or ``"reference"``."""
+    backend = choose_backend(backend, x, ("triton", "torch", "reference"))
+    if backend == "reference" and group is not None:
+        raise ValueError("backend must be 'triton' or 'torch' beside a process_group, got 'reference'")
+    double = chunked.accumulation_dtype(x, weight) == torch.float64
+    return "torch" if backend == "triton" and double else backend
+
+
+def _path(backend: str) -> ModuleType:
+    """The module that computes: ``head_of``, ``forward``, ``backward`` and ``loss_and_gradients``."""
+    if backend == "torch":
+        return chunked
+    from refine_kernels.linear_logprob import fused  # here: not everybody has Triton
+
+    return fused
+
+
+def _vocabulary(
+    weight: torch.Tensor,  # [V, D]
+    process_group: torch.distributed.ProcessGroup | None,
+) -> tuple[VocabGroup | None, int]:
+    """Where this rank's slice begins, and the size of the whole vocabulary."""
+    if process_group is None:
+        return None, weight.shape[0]
+    starts = vocab_slices(process_group, weight.shape[0], weight.device)
+    return VocabGroup(process_group.group_name, starts[process_group.rank()]), starts[-1]
+
+
+def _named(group: VocabGroup | None) -> tuple[str, int]:
+    """The group as a custom op takes it."""
+    return ("", 0) if group is None else tuple(group)
+
+
+def _group(name: str, start: int) -> VocabGroup | None:
+    return VocabGroup(name, start) if name else None
 
 
 # ---- arguments -------------------------------------------------------------------------------------------
@@ -371,6 +458,11 @@ def _check_head(
         raise ValueError(
             f"weight must be a floating-point tensor [V, D] with V >= 1, got {_described(weight)}"
         )
+    if hasattr(weight, "placements"):  # its local part alone would give the entropy of a slice
+        raise ValueError(
+            f"weight must be a plain tensor, got a DTensor {list(weight.shape)}: give weight.to_local() and, "
+            "where V is cut, its process_group"
+        )
     V, D = weight.shape
     if x.shape[-1] != D:
         raise ValueError(f"x must end in D = {D} like weight [V, D] = {[V, D]}, got {_described(x)}")
@@ -395,6 +487,7 @@ def _check_target(
     x: torch.Tensor,  # [..., D]
     V: int,
     ignore_index: int,
+    split: bool,
 ) -> None:
     if target.dtype not in (torch.int64, torch.int32) or target.shape != x.shape[:-1]:
         raise ValueError(
@@ -406,8 +499,9 @@ def _check_target(
         return
     wrong = (target != ignore_index) & ((target < 0) | (target >= V))
     if wrong.any():
+        hint = "" if split else " (is weight a slice of the vocabulary? Then give its process_group)"
         raise ValueError(
-            f"target must be in [0, {V}) or ignore_index = {ignore_index}, got {target[wrong][0].item()}"
+            f"target must be in [0, {V}) or ignore_index = {ignore_index}, got {target[wrong][0].item()}{hint}"
         )
 
 

@@ -446,7 +446,7 @@ def test_at_most_one_chunk_of_logits(monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 0)
     N, D, V = 500, 16, 300
     x, weight, _, target = make_head(N, D, V, requires_grad=False)
-    head, ones = chunked.Head.of(x, weight, None, None), torch.ones(N)
+    head, ones = chunked.head_of(x, weight, None, None), torch.ones(N)
     ask = {"need_logprob": True, "need_entropy": True, "need_lse": True, "sample": True, "greedy": False}
     with LargestTensor() as largest:
         chunked.forward(x, head, target, torch.arange(N), ignore_index=IGNORE, **ask)

@@ -1,0 +1,184 @@
+"""LaCT's fast weights against plain autograd over their definition, eager and compiled by ``torch.compile``.
+
+The ratios are what counts on a shared machine: two take turns in one process, and the median over pairs is shown
+at the end. Every timed case first has its numbers checked against the definition in float64. On a CPU float32
+and small sizes; on a GPU bfloat16 tokens at the sizes of LaCT-760M (4 heads of 384, chunks of 2048), with the
+memory that each takes and the share of the matrix rate that cuBLAS reaches there.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.conftest import add_ratio
+from refine_kernels import chunk_lact, reference
+from tests.numerics import assert_close, relative_error
+
+GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+# rows (batch x heads), tokens, width, chunk
+SHAPES = (
+    [(4 * batch, tokens, 384, 2048) for batch in (1, 4) for tokens in (16384, 32768)]
+    if GPU
+    else [(4, 2048, 128, 512), (1, 2560, 384, 1024)]
+)
+CHECKED_ROWS, CHECKED_TOKENS, CHECKED_CHUNK = 2, 100, 32
+BACKEND = "triton" if GPU else "torch"
+
+
+def ours(*inputs, **options):
+    return chunk_lact(*inputs[:9], momentum=inputs[9], backend=BACKEND, **options)
+
+
+def eager(*inputs, **options):
+    return reference.chunk_lact(*inputs[:9], momentum=inputs[9], **options)
+
+
+@functools.cache
+def compiled_reference():
+    """``torch.compile`` of the definition, or the reason why it does not work here."""
+    torch._dynamo.config.recompile_limit = 64  # every shape and option is a graph of its own
+    function = torch.compile(eager, fullgraph=True, dynamic=False)
+    try:
+        step(function, *make_inputs((1, 40, 16, 16)), {"chunk_size": 16})
+    except Exception as error:  # whatever the compiler or its C++ compiler raises
+        return f"torch.compile does not work here: {type(error).__name__}: {str(error).splitlines()[0]}"
+    return function
+
+
+def compiled(*inputs, **options):
+    return compiled_reference()(*inputs, **options)
+
+
+def require(provider, shape, use_muon=False):
+    if provider is not compiled:
+        return
+    if not GPU and (shape != SHAPES[0] or use_muon):
+        pytest.skip("on a CPU torch.compile takes minutes a graph: only the first shape without Muon")
+    if isinstance(reason := compiled_reference(), str):
+        pytest.skip(reason)
+
+
+def make_inputs(shape, dtype=DTYPE):
+    """Inputs as a model makes them, and the output's gradient."""
+    rows, tokens, width, _ = shape
+    new = lambda *sizes: torch.randn(*sizes, device=DEVICE)  # noqa: E731
+    weights = [new(rows, width, width) / width**0.5 for _ in range(3)]
+    q, k = (F.normalize(F.silu(new(rows, tokens, width)), dim=-1).to(dtype) for _ in range(2))
+    v = F.silu(new(rows, tokens, width)).to(dtype)
+    rates = [F.softplus(new(rows, tokens, 1) - 6) for _ in range(3)]
+    inputs = [*weights, q, k, v, *rates, new(rows, tokens, 1).sigmoid()]
+    return [x.requires_grad_() for x in inputs], new(rows, tokens, width).to(dtype)
+
+
+def step(provider, inputs, d_o, options, mode="forward_backward"):
+    if mode == "forward":
+        with torch.no_grad():
+            return provider(*inputs, **options), ()
+    o = provider(*inputs, **options)
+    return o.detach(), torch.autograd.grad(o, inputs, d_o)
+
+
+def check(provider, shape, options):
+    """A few rows and tokens of the shape's width in short chunks, where the definition is quick in float64."""
+    few, d_o = make_inputs((CHECKED_ROWS, CHECKED_TOKENS, shape[2], CHECKED_CHUNK))
+    options = options | {"chunk_size": CHECKED_CHUNK}
+    doubles = [x.detach().double().requires_grad_() for x in few]
+    expected = step(eager, doubles, d_o.double(), options)
+    actual, plain = (step(f, few, d_o, options) for f in (provider, eager))
+    half, muon = torch.bfloat16 == DTYPE, options["use_muon"]
+    for name, x, y, z in zip(
+        ["o", *(f"gradient {i}" for i in range(len(few)))],
+        *([found[0], *found[1]] for found in (actual, expected, plain)),
+    ):
+        if half and muon and name != "o":
+            continue  # Newton-Schulz magnifies a rounding of what it is given
+        # autograd over the definition loses digits too, most in Newton-Schulz of a gradient of low rank
+        allowed = (5e-2 if muon else 3e-2) if half else 1e-5 + 3 * relative_error(z, y)
+        assert_close(x, y, allowed, name)
+
+
+def seconds(provider, inputs, d_o, options, mode="forward_backward") -> float:
+    start = time.perf_counter()
+    step(provider, inputs, d_o, options, mode)
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("provider", [ours, eager, compiled], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("mode", ["forward", "forward_backward"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_time(benchmark, shape, mode, provider):
+    require(provider, shape)
+    options = {"chunk_size": shape[3], "use_muon": False}
+    check(provider, shape, options)
+    inputs, d_o = make_inputs(shape)
+    benchmark.group = f"lact {mode} {shape}"
+    benchmark.pedantic(seconds, (provider, inputs, d_o, options, mode), rounds=3, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("use_muon", [False, True], ids=["plain", "muon"])
+@pytest.mark.parametrize("other", [eager, compiled], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_ratio(benchmark, shape, other, use_muon, pairs=3):
+    require(other, shape, use_muon)
+    options = {"chunk_size": shape[3], "use_muon": use_muon}
+    check(ours, shape, options)
+    check(other, shape, options)
+    inputs, d_o = make_inputs(shape)
+
+    def measure() -> float:
+        seconds(ours, inputs, d_o, options), seconds(other, inputs, d_o, options)
+        return statistics.median(
+            seconds(other, inputs, d_o, options) / seconds(ours, inputs, d_o, options) for _ in range(pairs)
+        )
+
+    ratio = benchmark.pedantic(measure, rounds=1, iterations=1)
+    goal = "goal: at least 1.5" if GPU and other is compiled else ""
+    what = f"{other.__name__} reference, {'Muon' if use_muon else 'no Muon'} {shape}"
+    add_ratio(what, "chunk_lact, fwd + bwd", ratio, goal)
+
+
+@pytest.mark.skipif(not GPU, reason="counts a GPU's memory and matrix rate")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_memory_and_matrix_rate(benchmark, shape):
+    """Peak memory above the inputs, and our rate over that of cuBLAS on the op's own products."""
+    options = {"chunk_size": shape[3], "use_muon": False}
+    inputs, d_o = make_inputs(shape)
+    rows, tokens, width, chunk = shape
+
+    def peak(provider) -> int:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(provider, inputs, d_o, options)
+        return torch.cuda.max_memory_allocated() - before
+
+    peak(ours)
+    add_ratio(f"peak memory, eager reference {shape}", "chunk_lact", peak(eager) / peak(ours))
+
+    x = torch.randn(rows, chunk, width, device=DEVICE, dtype=DTYPE)
+    w = torch.randn(rows, width, 2 * width, device=DEVICE, dtype=DTYPE)
+
+    def rate_of_cublas() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(100):
+            x @ w
+        torch.cuda.synchronize()
+        return 100 * 2 * rows * chunk * width * 2 * width / (time.perf_counter() - start)
+
+    rate_of_cublas()
+    duration = benchmark.pedantic(
+        lambda: min(seconds(ours, inputs, d_o, options) for _ in range(5)), rounds=1, iterations=1
+    )
+    updated = (tokens - 1) // chunk * chunk
+    products = 3 * tokens + 6 * updated + 8 * tokens + 15 * updated  # of width x width a token
+    rate = 2 * rows * width**2 * products / duration
+    add_ratio(f"matrix rate of chunk_lact {shape}", "cuBLAS", rate / rate_of_cublas(), "goal: over 0.6")

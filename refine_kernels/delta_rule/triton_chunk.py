@@ -1,0 +1,831 @@
+"""The delta rule over chunks of tokens, in Triton: backend ``"triton"`` of ``chunk_delta_rule``.
+
+The mathematics and its letters are those of ``chunked.py``; README.md counts what each kernel moves. Forward,
+two launches: ``inverse_kernel`` (all chunks at once) writes the unit lower triangular M, ``scan_kernel`` (chunk
+after chunk, one program per head and block of V) keeps S on the chip and emits O. Backward, three launches, or
+four where a state does not fit on the chip: ``inverse_kernel`` again, ``reverse_kernel`` (from the last chunk to
+the first) writes dR' and the dS' that arrives at each chunk, ``gradient_kernel`` (all groups of chunks at once)
+writes dq, dk, dv, dbeta and dg. It starts from the state that the forward kept for every group of eight chunks
+and carries it on the chip; head sizes too large for that read each chunk's state from memory, where a second
+``scan_kernel``, parallel over the groups, has put it.
+
+Keys and queries are never normalised in memory nor on the chip: ``use_qk_l2norm_in_kernel`` multiplies rows of
+float32 results by ``1 / sqrt(sum x^2 + eps)``, so products read what was loaded. The same holds for beta and the
+decays. No product takes a transposed result of another product, only transposed loads (Triton before 3.7.1 is
+known to get the former wrong on Hopper): ``gradient_kernel`` works out both orientations of what it needs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from refine_kernels.delta_rule.reference import L2_NORM_EPS
+
+GROUP_TOKENS = 512  # from one kept state to the next
+FEW = 64  # rows x heads that do not occupy a GPU
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Launching
+
+
+def forward(
+    q: torch.Tensor,  # [B, T, H, K]
+    k: torch.Tensor,  # [B, T, H, K]
+    v: torch.Tensor,  # [B, T, H, V]
+    beta: torch.Tensor,  # [B, T, H]
+    g: torch.Tensor | None,  # [B, T, H]
+    initial_state: torch.Tensor | None,  # [N, H, K, V]
+    cu_seqlens: torch.Tensor | None,  # [N + 1]
+    scale: float,
+    l2norm: bool,
+    output_final_state: bool,
+    state_stride: int,
+    for_backward: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(o, final_state, states, checkpoints)``, what is not asked for with length 0; as ``chunked.forward``."""
+    q, k, v, beta, g, initial_state, cu_seqlens = _contiguous(q, k, v, beta, g, initial_state, cu_seqlens)
+    plan = _plan(q, v, cu_seqlens)
+    (b, _, h, kd), vd = q.shape, v.shape[-1]
+    most = 0
+    if state_stride:
+        longest = q.shape[1] if cu_seqlens is None else int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        most = -(-longest // state_stride)
+    o = torch.empty_like(v)
+    new_states = torch.empty if cu_seqlens is None else torch.zeros  # zero past a packed sequence's end
+    states = new_states(plan.rows, most, h, kd, vd, dtype=torch.float32, device=q.device)
+    final_state = states.new_empty(plan.rows if output_final_state else 0, h, kd, vd)
+    checkpoints = states.new_empty(checkpoint_count(q, cu_seqlens) if for_backward else 0, b, h, kd, vd)
+    if b * h == 0:
+        return o, final_state, states, checkpoints
+    inverse = _inverse(plan, k, beta, g, cu_seqlens, l2norm)
+    tile = plan.tiles.scan
+    blocks = triton.cdiv(vd, tile.bv)
+    scan_kernel[(plan.rows * h * blocks,)](
+        q, k, v, beta, g, inverse, initial_state, o,
+        final_state if output_final_state else None,
+        states if most else None,
+        checkpoints if for_backward else None,
+        None, cu_seqlens, None,
+        scale, q.shape[1], h, most, max(state_stride // plan.chunk, 1),
+        RESCAN=False, GROUP=GROUP_TOKENS // plan.chunk, **plan.sizes(tile, l2norm),
+    )  # fmt: skip
+    return o, final_state, states, checkpoints
+
+
+def backward(
+    q: torch.Tensor,  # [B, T, H, K]
+    k: torch.Tensor,  # [B, T, H, K]
+    v: torch.Tensor,  # [B, T, H, V]
+    beta: torch.Tensor,  # [B, T, H]
+    g: torch.Tensor | None,  # [B, T, H]
+    initial_state: torch.Tensor | None,  # [N, H, K, V]
+    cu_seqlens: torch.Tensor | None,  # [N + 1]
+    checkpoints: torch.Tensor,  # [checkpoint_count, B, H, K, V]
+    d_o: torch.Tensor | None,  # [B, T, H, V]
+    d_final: torch.Tensor | None,  # [N, H, K, V]
+    d_states: torch.Tensor | None,  # [N, ceil(longest / state_stride), H, K, V]
+    scale: float,
+    l2norm: bool,
+    state_stride: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v, beta, g (length 0 without g) and of the initial state [N, H, K, V]."""
+    if d_o is None:
+        d_o = torch.zeros_like(v)
+    q, k, v, beta, g, cu_seqlens, d_o, d_final, d_states = _contiguous(
+        q, k, v, beta, g, cu_seqlens, d_o, d_final, d_states
+    )
+    plan = _plan(q, v, cu_seqlens)
+    (b, tokens, h, kd), vd = q.shape, v.shape[-1]
+    dq, dk, dv, dbeta = (torch.empty_like(x) for x in (q, k, v, beta))
+    dg = q.new_empty(0) if g is None else torch.empty_like(g)
+    d_initial = q.new_empty(plan.rows, h, kd, vd, dtype=torch.float32)
+    if b * h == 0:
+        return dq, dk, dv, dbeta, dg, d_initial
+    inverse = _inverse(plan, k, beta, g, cu_seqlens, l2norm)
+
+    chunk_states = None
+    if not plan.tiles.carry:
+        tile = plan.tiles.scan
+        chunk_states = q.new_empty(plan.chunks, h, kd, vd)
+        scan_kernel[(plan.groups * h * triton.cdiv(vd, tile.bv),)](
+            None, k, v, beta, g, inverse, checkpoints, None, None, None, None,
+            chunk_states, cu_seqlens, plan.group_owners,
+            scale, tokens, h, 0, 1,
+            RESCAN=True, GROUP=GROUP_TOKENS // plan.chunk, **plan.sizes(tile, l2norm),
+        )  # fmt: skip
+
+    tile = plan.tiles.reverse
+    d_r, d_chunk_states = torch.empty_like(v), q.new_empty(plan.chunks, h, kd, vd)
+    reverse_kernel[(plan.rows * h * triton.cdiv(vd, tile.bv),)](
+        q, k, beta, g, inverse, d_o, d_final, d_states, d_r, d_chunk_states, d_initial, cu_seqlens,
+        scale, tokens, h, 0 if d_states is None else d_states.shape[1], max(state_stride // plan.chunk, 1),
+        **plan.sizes(tile, l2norm),
+    )  # fmt: skip
+
+    carry = plan.tiles.carry
+    gradient_kernel[((plan.groups if carry else plan.chunks) * h,)](
+        q, k, v, beta, g, inverse, checkpoints if carry else chunk_states, d_o, d_r, d_chunk_states,
+        dq, dk, dv, dbeta, None if g is None else dg,
+        cu_seqlens, plan.group_owners if carry else plan.chunk_owners, scale, tokens, h,
+        GROUP=GROUP_TOKENS // plan.chunk if carry else 1, **plan.sizes(plan.tiles.gradient, l2norm),
+    )  # fmt: skip
+    return dq, dk, dv, dbeta, dg, d_initial
+
+
+def checkpoint_count(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:  # [B, T, H, K], [N + 1]
+    """Room for the states that ``forward`` keeps, for whatever head size of the values. A bound for packed
+    sequences that needs no look at the data."""
+    if cu_seqlens is None:
+        return -(-q.shape[1] // GROUP_TOKENS)
+    return q.shape[1] // GROUP_TOKENS + cu_seqlens.shape[0] - 1
+
+
+def _inverse(plan, k, beta, g, cu_seqlens, l2norm) -> torch.Tensor:  # [B, T, H, C] in k's dtype
+    b, tokens, h, _ = k.shape
+    inverse = k.new_empty(b, tokens, h, plan.chunk)
+    inverse_kernel[(plan.chunks * h,)](
+        k, beta, g, inverse, cu_seqlens, plan.chunk_owners, tokens, h,
+        **{n: x for n, x in plan.sizes(plan.tiles.inverse, l2norm).items() if n not in ("V", "BV")},
+    )  # fmt: skip
+    return inverse
+
+
+def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    return tuple(x if x is None else x.contiguous() for x in tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut: columns of V a program holds at a time, warps, and loads in flight."""
+
+    bv: int
+    num_warps: int
+    num_stages: int
+
+
+class Tiles(NamedTuple):
+    """The tiles of all kernels for one pair of head sizes."""
+
+    chunk: int  # tokens
+    carry: bool  # whether gradient_kernel carries the state from chunk to chunk of a group
+    inverse: Tile
+    scan: Tile
+    reverse: Tile
+    gradient: Tile
+
+
+def choose_tiles(kd: int, vd: int, itemsize: int, few: bool) -> Tiles:
+    """The tiles for head sizes ``kd`` and ``vd``, ``itemsize`` bytes a number, ``few`` rows x heads (too few to
+    occupy a GPU by themselves)."""
+    bk, whole = block(kd), block(vd)
+    wide = max(bk, whole) > 128 or itemsize > 2 and max(bk, whole) > 64
+    chunk = 32 if wide else 64
+    stages = 1 if wide else 2
+    if wide:
+        bv = min(whole, 16 if itemsize > 2 and bk > 128 else 32)
+        tile = Tile(bv, 4, 1)
+        return Tiles(chunk, False, Tile(bv, 4, 1), tile, tile, Tile(bv, 8, 1))
+    bv = min(whole, 32 if few else 64)
+    scan = Tile(bv, 4, stages)
+    return Tiles(chunk, True, Tile(bv, 4, 1), scan, scan, Tile(whole, 8, 1))
+
+
+def block(size: int) -> int:
+    """The power of two that holds a head size; a tensor-core product takes no less than 16."""
+    return max(triton.next_power_of_2(size), 16)
+
+
+class _Plan(NamedTuple):
+    rows: int  # N
+    chunks: int  # places for what exists once a chunk
+    groups: int  # places for what exists once a group of chunks
+    chunk_owners: torch.Tensor | None  # [chunks]  whose place it is, for packed sequences
+    group_owners: torch.Tensor | None  # [groups]
+    tiles: Tiles
+    chunk: int
+    kd: int
+    vd: int
+    precision: str
+
+    def sizes(self, tile: Tile, l2norm: bool) -> dict:
+        return {
+            "K": self.kd,
+            "V": self.vd,
+            "BK": block(self.kd),
+            "BV": tile.bv,
+            "BT": self.chunk,
+            "L2NORM": l2norm,
+            "EPS": L2_NORM_EPS,
+            "PRECISION": self.precision,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+        }
+
+
+def _plan(q: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None) -> _Plan:
+    (b, tokens, h, kd), vd = q.shape, v.shape[-1]
+    rows = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    tiles = choose_tiles(kd, vd, q.element_size(), rows * h < FEW)
+    chunks, chunk_owners = _places(tokens, b, tiles.chunk, cu_seqlens)
+    groups, group_owners = _places(tokens, b, GROUP_TOKENS, cu_seqlens)
+    return _Plan(
+        rows, chunks, groups, chunk_owners, group_owners, tiles, tiles.chunk, kd, vd, precision_of(q.dtype)
+    )
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: in full for float32 inputs; M is worked out in TF32 for shorter ones."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def _places(tokens: int, b: int, unit: int, cu_seqlens: torch.Tensor | None):
+    """Sequence n that starts at token t has the places from ``t // unit + n`` on, one for every ``unit`` tokens:
+    no two sequences share one, and nobody needs to look at the lengths."""
+    if cu_seqlens is None:
+        return b * triton.cdiv(tokens, unit), None
+    n = cu_seqlens.shape[0] - 1
+    places = tokens // unit + n
+    order = torch.arange(max(n, places), dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    first = cu_seqlens[:-1] // unit + order[:n]
+    return places, torch.searchsorted(first, order[:places], right=True, out_int32=True) - 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Parts of kernels
+
+
+@triton.jit
+def _sequence(cu_seqlens, i_n, T):
+    """(first token in memory, tokens) of row or packed sequence ``i_n``."""
+    if cu_seqlens is None:
+        begin = i_n.to(tl.int64) * T
+        length = T
+    else:
+        begin = tl.load(cu_seqlens + i_n).to(tl.int64)
+        length = (tl.load(cu_seqlens + i_n + 1).to(tl.int64) - begin).to(tl.int32)
+    return begin, length
+
+
+@triton.jit
+def _place(cu_seqlens, i_n, begin, T, UNIT: tl.constexpr):
+    """The first place of sequence ``i_n`` among what exists once every UNIT tokens."""
+    if cu_seqlens is None:
+        place = i_n.to(tl.int64) * tl.cdiv(T, UNIT)
+    else:
+        place = begin // UNIT + i_n
+    return place
+
+
+@triton.jit
+def _owner(cu_seqlens, owners, i_place, T, UNIT: tl.constexpr):
+    """The sequence whose place ``i_place`` is."""
+    if cu_seqlens is None:
+        i_n = i_place // tl.cdiv(T, UNIT)
+    else:
+        i_n = tl.load(owners + i_place)
+    return i_n
+
+
+@triton.jit
+def _norms(b_x, L2NORM: tl.constexpr, EPS: tl.constexpr):  # [BT, BK] -> [BT]
+    """What the rows are multiplied by."""
+    b_f = b_x.to(tl.float32)
+    if L2NORM:
+        b_n = tl.rsqrt(tl.sum(b_f * b_f, 1) + EPS)
+    else:
+        b_n = tl.full((b_x.shape[0],), 1.0, tl.float32)
+    return b_n
+
+
+@triton.jit
+def _decays(g, o_x, m_t):
+    """Running sums of the log-decays inside the chunk as a pair of float32 whose sum is exact to float64: after
+    a strong decay one float32 no longer resolves the weak ones that follow. Two results: [BT] each, and the
+    total."""
+    b_g = tl.load(g + o_x, mask=m_t, other=0).to(tl.float64)
+    b_g = tl.where(b_g < -1e4, -1e4, b_g)
+    b_sum = tl.cumsum(b_g, 0)
+    b_high = b_sum.to(tl.float32)
+    b_low = (b_sum - b_high.to(tl.float64)).to(tl.float32)
+    total = tl.sum(b_g, 0)
+    high = total.to(tl.float32)
+    low = (total - high.to(tl.float64)).to(tl.float32)
+    return b_high, b_low, high, low
+
+
+@triton.jit
+def _between(b_high_i, b_low_i, b_high_j, b_low_j, m):
+    """``exp(G_i - G_j)`` where ``m`` (i >= j) and 0 elsewhere: masked before exp, which could overflow there."""
+    return tl.where(m, tl.exp(tl.where(m, (b_high_i - b_high_j) + (b_low_i - b_low_j), 0.0)), 0.0)
+
+
+@triton.jit
+def _merge(b_m, b_a, SIZE: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """From the inverses of the diagonal blocks of SIZE to those of twice the size."""
+    o_b = tl.arange(0, BT) // SIZE
+    m_below = (o_b[:, None] // 2 == o_b[None, :] // 2) & (o_b[:, None] > o_b[None, :])
+    b_x = tl.dot(b_m, tl.where(m_below, b_a, 0.0), input_precision=PRECISION)
+    return b_m - tl.dot(b_x, b_m, input_precision=PRECISION)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Kernels
+
+
+@triton.jit(do_not_specialize=["T"])
+def inverse_kernel(
+    k,  # [B, T, H, K]
+    beta,  # [B, T, H]
+    g,  # [B, T, H] or None
+    inverse,  # [B, T, H, BT]
+    cu_seqlens,  # [N + 1] or None
+    owners,  # [places] or None
+    T,
+    H,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    BT: tl.constexpr,
+    L2NORM: tl.constexpr,
+    EPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: M = (I + A)^-1, A = diag(beta) strictly_lower(D * K K^T), of one chunk and head.
+
+    Reads k, beta and g once, writes M once. The 16 x 16 blocks on the diagonal by substitution, row after row
+    in all of them at once; then blocks of 32 and 64 by ``M <- M - M A_below M``. Substitution keeps its accuracy
+    for parallel keys, where powers of A (Neumann doubling) reach 10^8.
+    """
+    pid = tl.program_id(0)
+    i_h = pid % H
+    i_place = pid // H
+    i_n = _owner(cu_seqlens, owners, i_place, T, BT)
+    begin, length = _sequence(cu_seqlens, i_n, T)
+    i_c = (i_place - _place(cu_seqlens, i_n, begin, T, BT)).to(tl.int32)
+    if i_c * BT >= length:
+        return
+
+    o_i = tl.arange(0, BT)
+    o_t = i_c * BT + o_i
+    m_t = o_t < length
+    i_x = (begin + i_c * BT) * H + i_h  # of the chunk's first token, then of every token from there
+    o_x = o_i * H
+    o_k = tl.arange(0, BK)
+    b_k = tl.load(k + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_t[:, None] & (o_k < K)[None, :], other=0)
+    b_beta = tl.load(beta + i_x + o_x, mask=m_t, other=0).to(tl.float32)
+    b_nk = _norms(b_k, L2NORM, EPS)
+    m_below = o_i[:, None] > o_i[None, :]
+    b_a = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
+    b_a = b_a * (b_beta * b_nk)[:, None] * b_nk[None, :]
+    if g is not None:
+        b_high, b_low, _, _ = _decays(g + i_x, o_x, m_t)
+        b_a *= _between(b_high[:, None], b_low[:, None], b_high[None, :], b_low[None, :], m_below)
+    b_a = tl.where(m_below, b_a, 0.0)
+
+    NB: tl.constexpr = BT // 16
+    o_b = tl.arange(0, NB)
+    o_16 = tl.arange(0, 16)
+    # the blocks on the diagonal, [NB, 16, 16]
+    m_own = (o_b[:, None, None, None] == o_b[None, None, :, None])
+    b_d = tl.sum(tl.where(m_own, tl.reshape(b_a, (NB, 16, NB, 16)), 0.0), 2)
+    b_m = tl.where(o_16[None, :, None] == o_16[None, None, :], 1.0, 0.0) + tl.zeros((NB, 16, 16), tl.float32)
+    for i in range(1, 16):
+        m_row = (o_16 == i)[None, :, None]
+        b_row = tl.sum(tl.where(m_row, b_d, 0.0), 1)  # [NB, 16]
+        b_new = tl.sum(b_row[:, :, None] * b_m, 1)  # [NB, 16]
+        b_m = tl.where(m_row, b_m - b_new[:, None, :], b_m)
+    b_m = tl.where(m_own, tl.reshape(b_m, (NB, 16, 1, 16)), 0.0)
+    b_m = tl.reshape(b_m, (BT, BT))
+
+    b_m = _merge(b_m, b_a, 16, BT, PRECISION)
+    if BT > 32:
+        b_m = _merge(b_m, b_a, 32, BT, PRECISION)
+    b_m = b_m.to(inverse.dtype.element_ty)
+    tl.store(inverse + i_x * BT + (o_x[:, None] * BT + o_i[None, :]), b_m, mask=m_t[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "N_STATES", "STRIDE"])
+def scan_kernel(
+    q,  # [B, T, H, K]; None for RESCAN
+    k,  # [B, T, H, K]
+    v,  # [B, T, H, V]
+    beta,  # [B, T, H]
+    g,  # [B, T, H] or None
+    inverse,  # [B, T, H, BT]
+    initial,  # [N, H, K, V] float32 or None; with RESCAN the kept states, [places of groups, H, K, V]
+    o,  # [B, T, H, V]; None for RESCAN
+    final_state,  # [N, H, K, V] float32 or None
+    states,  # [N, N_STATES, H, K, V] float32 or None
+    checkpoints,  # [places of groups, H, K, V] float32 or None
+    chunk_states,  # [places of chunks, H, K, V] or None
+    cu_seqlens,  # [N + 1] or None
+    owners,  # [places of groups] or None
+    scale,
+    T,
+    H,
+    N_STATES,
+    STRIDE,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BT: tl.constexpr,
+    GROUP: tl.constexpr,
+    RESCAN: tl.constexpr,
+    L2NORM: tl.constexpr,
+    EPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: BV columns of one head's state, through all chunks of a sequence (RESCAN: of one group).
+
+    Reads q, k, v, beta, g and M once (q, k and M once for every block of V), writes o once; the state stays on
+    the chip. States at strides, the final state, a float32 state every GROUP chunks and a rounded one every
+    chunk are written where there is a tensor for them. STRIDE counts chunks.
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_h = (pid // NV) % H
+    i_row = pid // NV // H
+    if RESCAN:
+        i_n = _owner(cu_seqlens, owners, i_row, T, GROUP * BT)
+    else:
+        i_n = i_row
+    begin, length = _sequence(cu_seqlens, i_n, T)
+    chunks = tl.cdiv(length, BT)
+    first = 0
+    if RESCAN:
+        first = (i_row - _place(cu_seqlens, i_n, begin, T, GROUP * BT)).to(tl.int32) * GROUP
+        chunks = tl.minimum(chunks, first + GROUP)
+    i_group = _place(cu_seqlens, i_n, begin, T, GROUP * BT)
+    i_place = _place(cu_seqlens, i_n, begin, T, BT)
+
+    o_i = tl.arange(0, BT)
+    o_x = o_i * H
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    m_s = m_k[:, None] & m_v[None, :]
+    o_s = o_k[:, None] * V + o_v[None, :]
+    dtype = k.dtype.element_ty
+    if initial is None:
+        b_s = tl.zeros((BK, BV), tl.float32)
+    else:
+        b_s = tl.load(initial + (i_row.to(tl.int64) * H + i_h) * (K * V) + o_s, mask=m_s, other=0).to(tl.float32)
+
+    for i_c in range(first, chunks):
+        if states is not None:
+            if i_c % STRIDE == 0:
+                i_state = (i_n.to(tl.int64) * N_STATES + i_c // STRIDE) * H + i_h
+                tl.store(states + i_state * (K * V) + o_s, b_s, mask=m_s)
+        if checkpoints is not None:
+            if i_c % GROUP == 0:
+                i_state = (i_group + i_c // GROUP) * H + i_h
+                tl.store(checkpoints + i_state * (K * V) + o_s, b_s, mask=m_s)
+        b_h = b_s.to(dtype)
+        if chunk_states is not None:
+            tl.store(chunk_states + ((i_place + i_c) * H + i_h) * (K * V) + o_s, b_h, mask=m_s)
+
+        i_x = (begin + i_c * BT) * H + i_h
+        m_t = i_c * BT + o_i < length
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
+        b_k = tl.load(k + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        b_m = tl.load(inverse + i_x * BT + (o_x[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0)
+        b_beta = tl.load(beta + i_x + o_x, mask=m_t, other=0).to(tl.float32)
+        b_nk = _norms(b_k, L2NORM, EPS)
+        b_read = b_nk  # factors of K where it reads the state, of K where it writes
+        b_write = b_nk
+        if g is not None:
+            b_high, b_low, high, low = _decays(g + i_x, o_x, m_t)
+            b_read = b_nk * tl.exp(b_high)
+            b_write = b_nk * tl.exp((high - b_high) + (low - b_low))
+
+        b_v = tl.load(v + i_x * V + (o_x[:, None] * V + o_v[None, :]), mask=m_tv, other=0).to(tl.float32)
+        b_r = b_v - b_read[:, None] * tl.dot(b_k, b_h, input_precision=PRECISION)
+        b_u = tl.dot(b_m, (b_beta[:, None] * b_r).to(dtype), input_precision=PRECISION)
+        if o is not None:
+            b_q = tl.load(q + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+            b_nq = _norms(b_q, L2NORM, EPS) * scale
+            m_p = o_i[:, None] >= o_i[None, :]
+            b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_nq[:, None] * b_nk[None, :]
+            if g is not None:
+                b_p *= _between(b_high[:, None], b_low[:, None], b_high[None, :], b_low[None, :], m_p)
+                b_nq *= tl.exp(b_high)
+            b_p = tl.where(m_p, b_p, 0.0)
+            b_o = tl.dot(b_q, b_h, input_precision=PRECISION) * b_nq[:, None]
+            b_o = tl.dot(b_p.to(dtype), b_u.to(dtype), b_o, input_precision=PRECISION)
+            tl.store(o + i_x * V + (o_x[:, None] * V + o_v[None, :]), b_o.to(dtype), mask=m_tv)
+        if g is not None:
+            b_s *= tl.exp(high)
+        b_s = tl.dot(tl.trans(b_k), (b_write[:, None] * b_u).to(dtype), b_s, input_precision=PRECISION)
+
+    if final_state is not None:
+        tl.store(final_state + (i_n.to(tl.int64) * H + i_h) * (K * V) + o_s, b_s, mask=m_s)
+
+
+@triton.jit(do_not_specialize=["T", "N_STATES", "STRIDE"])
+def reverse_kernel(
+    q,  # [B, T, H, K]
+    k,  # [B, T, H, K]
+    beta,  # [B, T, H]
+    g,  # [B, T, H] or None
+    inverse,  # [B, T, H, BT]
+    d_o,  # [B, T, H, V]
+    d_final,  # [N, H, K, V] float32 or None
+    d_states,  # [N, N_STATES, H, K, V] float32 or None
+    d_r,  # [B, T, H, V]
+    d_chunk_states,  # [places of chunks, H, K, V]
+    d_initial,  # [N, H, K, V] float32
+    cu_seqlens,  # [N + 1] or None
+    scale,
+    T,
+    H,
+    N_STATES,
+    STRIDE,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BT: tl.constexpr,
+    L2NORM: tl.constexpr,
+    EPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: BV columns of dS of one head, from the last chunk of a sequence to the first.
+
+    Reads q, k, beta, g, M and dO once (q, k and M once for every block of V), writes dR' and the dS' that
+    arrives behind every chunk once, both rounded to the dtype of k.
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_h = (pid // NV) % H
+    i_n = pid // NV // H
+    begin, length = _sequence(cu_seqlens, i_n, T)
+    i_place = _place(cu_seqlens, i_n, begin, T, BT)
+    chunks = tl.cdiv(length, BT)
+
+    o_i = tl.arange(0, BT)
+    o_x = o_i * H
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    m_s = m_k[:, None] & m_v[None, :]
+    o_s = o_k[:, None] * V + o_v[None, :]
+    dtype = k.dtype.element_ty
+    i_state = (i_n.to(tl.int64) * H + i_h) * (K * V)
+    if d_final is None:
+        b_ds = tl.zeros((BK, BV), tl.float32)
+    else:
+        b_ds = tl.load(d_final + i_state + o_s, mask=m_s, other=0).to(tl.float32)
+
+    for i_back in range(0, chunks):
+        i_c = chunks - 1 - i_back
+        b_dh = b_ds.to(dtype)
+        tl.store(d_chunk_states + ((i_place + i_c) * H + i_h) * (K * V) + o_s, b_dh, mask=m_s)
+
+        i_x = (begin + i_c * BT) * H + i_h
+        m_t = i_c * BT + o_i < length
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
+        b_q = tl.load(q + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        b_k = tl.load(k + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        b_do = tl.load(d_o + i_x * V + (o_x[:, None] * V + o_v[None, :]), mask=m_tv, other=0)
+        b_m = tl.load(inverse + i_x * BT + (o_x[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0)
+        b_beta = tl.load(beta + i_x + o_x, mask=m_t, other=0).to(tl.float32)
+        b_nq = _norms(b_q, L2NORM, EPS) * scale
+        b_nk = _norms(b_k, L2NORM, EPS)
+        m_p = o_i[:, None] <= o_i[None, :]
+        b_p = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * b_nk[:, None] * b_nq[None, :]  # P^T
+        b_write = b_nk
+        b_read = b_nk
+        if g is not None:
+            b_high, b_low, high, low = _decays(g + i_x, o_x, m_t)
+            b_p *= _between(b_high[None, :], b_low[None, :], b_high[:, None], b_low[:, None], m_p)
+            b_write = b_nk * tl.exp((high - b_high) + (low - b_low))
+            b_read = b_nk * tl.exp(b_high)
+            b_nq *= tl.exp(b_high)
+        b_p = tl.where(m_p, b_p, 0.0)
+
+        b_du = tl.dot(b_k, b_dh, input_precision=PRECISION) * b_write[:, None]
+        b_du = tl.dot(b_p.to(dtype), b_do, b_du, input_precision=PRECISION)
+        b_dr = tl.dot(tl.trans(b_m), b_du.to(dtype), input_precision=PRECISION)
+        tl.store(d_r + i_x * V + (o_x[:, None] * V + o_v[None, :]), b_dr.to(dtype), mask=m_tv)
+        if g is not None:
+            b_ds *= tl.exp(high)
+        b_x = (b_nq[:, None] * b_do.to(tl.float32)).to(dtype)
+        b_ds = tl.dot(tl.trans(b_q), b_x, b_ds, input_precision=PRECISION)
+        b_x = (-(b_read * b_beta)[:, None] * b_dr).to(dtype)
+        b_ds = tl.dot(tl.trans(b_k), b_x, b_ds, input_precision=PRECISION)
+        if d_states is not None:
+            if i_c % STRIDE == 0:
+                i_given = (i_n.to(tl.int64) * N_STATES + i_c // STRIDE) * H + i_h
+                b_ds += tl.load(d_states + i_given * (K * V) + o_s, mask=m_s, other=0).to(tl.float32)
+
+    tl.store(d_initial + i_state + o_s, b_ds, mask=m_s)
+
+
+@triton.jit(do_not_specialize=["T"])
+def gradient_kernel(
+    q,  # [B, T, H, K]
+    k,  # [B, T, H, K]
+    v,  # [B, T, H, V]
+    beta,  # [B, T, H]
+    g,  # [B, T, H] or None
+    inverse,  # [B, T, H, BT]
+    kept,  # [places of groups, H, K, V]  the state before every group
+    d_o,  # [B, T, H, V]
+    d_r,  # [B, T, H, V]
+    d_chunk_states,  # [places of chunks, H, K, V]
+    dq,  # [B, T, H, K]
+    dk,  # [B, T, H, K]
+    dv,  # [B, T, H, V]
+    dbeta,  # [B, T, H]
+    dg,  # [B, T, H] or None
+    cu_seqlens,  # [N + 1] or None
+    owners,  # [places of groups] or None
+    scale,
+    T,
+    H,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BT: tl.constexpr,
+    GROUP: tl.constexpr,
+    L2NORM: tl.constexpr,
+    EPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: the gradients of all inputs over one group of GROUP chunks and one head.
+
+    Reads q, k, v, dO, dR', M, beta, g and every chunk's dS' once and the state before the group once, carries
+    the state through the group on the chip (GROUP > 1, BV >= V) or reads every chunk's (GROUP = 1, then v, dO,
+    dR' and the states once for each of its uses, block of V after block); writes dq, dk, dv, dbeta, dg once.
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    i_h = pid % H
+    i_group = pid // H
+    i_n = _owner(cu_seqlens, owners, i_group, T, GROUP * BT)
+    begin, length = _sequence(cu_seqlens, i_n, T)
+    i_place = _place(cu_seqlens, i_n, begin, T, BT)
+    first = (i_group - _place(cu_seqlens, i_n, begin, T, GROUP * BT)).to(tl.int32) * GROUP
+    chunks = tl.minimum(tl.cdiv(length, BT), first + GROUP)
+    if first >= chunks:
+        return
+
+    o_i = tl.arange(0, BT)
+    o_x = o_i * H
+    o_k = tl.arange(0, BK)
+    m_k = o_k < K
+    o_v = tl.arange(0, BV)
+    o_s = o_k[:, None] * V + o_v[None, :]
+    dtype = k.dtype.element_ty
+    p_kept = kept + (i_group.to(tl.int64) * H + i_h) * (K * V)
+    o_st = o_v[:, None] + o_k[None, :] * V
+    if GROUP > 1:
+        b_s = tl.load(p_kept + o_st, mask=(o_v < V)[:, None] & m_k[None, :], other=0).to(tl.float32)
+
+    for i_c in range(first, chunks):
+        i_x = (begin + i_c * BT) * H + i_h
+        m_t = i_c * BT + o_i < length
+        p_ds = d_chunk_states + ((i_place + i_c) * H + i_h) * (K * V)
+        m_tk = m_t[:, None] & m_k[None, :]
+        o_xk = o_x[:, None] * K + o_k[None, :]
+        b_k = tl.load(k + i_x * K + o_xk, mask=m_tk, other=0)
+        b_m = tl.load(inverse + i_x * BT + (o_x[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0)
+        b_beta = tl.load(beta + i_x + o_x, mask=m_t, other=0).to(tl.float32)
+        b_nk = _norms(b_k, L2NORM, EPS)
+        b_from = tl.full((BT,), 1.0, tl.float32)
+        b_to = b_from
+        if g is not None:
+            b_high, b_low, high, low = _decays(g + i_x, o_x, m_t)
+            b_from = tl.exp(b_high)
+            b_to = tl.exp((high - b_high) + (low - b_low))
+
+        # Through U^T: dP and -dA; what is written to the state, as dK^T; dv and dbeta.
+        b_dp = tl.zeros((BT, BT), tl.float32)
+        b_da = tl.zeros((BT, BT), tl.float32)
+        b_dkt = tl.zeros((BK, BT), tl.float32)
+        b_dbeta = tl.zeros((BT,), tl.float32)
+        b_ut = tl.zeros((BV, BT), tl.float32)
+        b_uh = b_ut.to(dtype)
+        m_v = o_v < V
+        through = 0.0
+        if GROUP > 1:
+            b_h = b_s.to(dtype)
+        for i_v in range(NV):
+            m_v = i_v * BV + o_v < V
+            m_tv = m_t[:, None] & m_v[None, :]
+            o_xv = o_x[:, None] * V + (i_v * BV + o_v)[None, :]
+            if GROUP == 1:
+                b_h = tl.load(p_kept + o_st + i_v * BV, mask=m_v[:, None] & m_k[None, :], other=0)
+            b_v = tl.load(v + i_x * V + o_xv, mask=m_tv, other=0)
+            b_ut = tl.dot(b_h, tl.trans(b_k), input_precision=PRECISION) * (b_nk * b_from)[None, :]
+            b_ut = tl.trans(b_v).to(tl.float32) - b_ut  # R^T
+            b_dr = tl.load(d_r + i_x * V + o_xv, mask=m_tv, other=0)
+            b_dbeta += tl.sum(tl.trans(b_dr).to(tl.float32) * b_ut, 0)
+            b_ut = tl.dot((b_beta[None, :] * b_ut).to(dtype), tl.trans(b_m), input_precision=PRECISION)
+            tl.store(dv + i_x * V + o_xv, (b_beta[:, None] * b_dr.to(tl.float32)).to(dtype), mask=m_tv)
+            b_uh = b_ut.to(dtype)
+            b_da = tl.dot(b_dr, b_uh, b_da, input_precision=PRECISION)
+            b_do = tl.load(d_o + i_x * V + o_xv, mask=m_tv, other=0)
+            b_dp = tl.dot(b_do, b_uh, b_dp, input_precision=PRECISION)
+            if GROUP == 1:
+                b_ds = tl.load(p_ds + o_s + i_v * BV, mask=m_k[:, None] & m_v[None, :], other=0)
+                b_dkt = tl.dot(b_ds, b_uh, b_dkt, input_precision=PRECISION)
+                if g is not None:
+                    through += tl.sum(tl.trans(b_ds).to(tl.float32) * b_h.to(tl.float32))
+        if GROUP > 1:
+            if g is not None:
+                b_ds = tl.load(p_ds + o_st, mask=m_v[:, None] & m_k[None, :], other=0)
+                through = tl.sum(b_ds.to(tl.float32) * b_s)
+                b_s *= tl.exp(high)
+            b_w = ((b_nk * b_to)[None, :] * b_ut).to(dtype)
+            b_s = tl.dot(b_w, b_k, b_s, input_precision=PRECISION)
+
+        # The pairs, row i, column j.
+        b_q = tl.load(q + i_x * K + o_xk, mask=m_tk, other=0)
+        b_nq = _norms(b_q, L2NORM, EPS)
+        m_p = o_i[:, None] >= o_i[None, :]
+        m_l = o_i[:, None] > o_i[None, :]
+        b_da = tl.where(m_l, -b_da, 0.0)
+        b_dp = tl.where(m_p, b_dp, 0.0)
+        if g is not None:
+            b_d = _between(b_high[:, None], b_low[:, None], b_high[None, :], b_low[None, :], m_p)
+            b_da *= b_d
+            b_dp *= b_d
+        b_l = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_nk[:, None] * b_nk[None, :]
+        b_l *= b_da
+        b_dbeta += tl.sum(b_l, 1)
+        tl.store(dbeta + i_x + o_x, b_dbeta.to(dbeta.dtype.element_ty), mask=m_t)
+        if g is not None:
+            b_l *= b_beta[:, None]
+            b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (b_nq * scale)[:, None] * b_nk[None, :]
+            b_l = tl.where(m_l, b_l + b_dp * b_p, 0.0)
+            b_dg = tl.sum(b_l, 1) - tl.sum(b_l, 0)
+        b_da *= b_beta[:, None]  # E
+
+        b_wq = (b_dp * b_nk[None, :]).to(dtype)
+        b_wk = (b_da * b_nk[None, :]).to(dtype)
+        b_dx = tl.zeros((BT, BK), tl.float32)
+        for i_v in range(NV):
+            m_v = i_v * BV + o_v < V
+            o_xv = o_x[:, None] * V + (i_v * BV + o_v)[None, :]
+            if GROUP == 1:
+                b_h = tl.load(p_kept + o_st + i_v * BV, mask=m_v[:, None] & m_k[None, :], other=0)
+            b_do = tl.load(d_o + i_x * V + o_xv, mask=m_t[:, None] & m_v[None, :], other=0)
+            b_dx = tl.dot(b_do, b_h, b_dx, input_precision=PRECISION)
+        b_dx *= b_from[:, None]
+        if g is not None:
+            b_dg += tl.sum(b_dx * b_q.to(tl.float32), 1) * b_nq * scale
+        b_dx = (b_dx + tl.dot(b_wq, b_k, input_precision=PRECISION)) * scale
+        if L2NORM:
+            b_f = tl.load(q + i_x * K + o_xk, mask=m_tk, other=0).to(tl.float32)
+            b_dx = (b_dx - b_f * (tl.sum(b_dx * b_f, 1) * b_nq * b_nq)[:, None]) * b_nq[:, None]
+        tl.store(dq + i_x * K + o_xk, b_dx.to(dtype), mask=m_tk)
+
+        # What reads as dK^T: U dS'^T, (E^T K)^T and (dP^T Q)^T.
+        if GROUP > 1:
+            b_ds = tl.load(p_ds + o_s, mask=m_k[:, None] & m_v[None, :], other=0)
+            b_dkt = tl.dot(b_ds, b_uh, input_precision=PRECISION)
+        b_dkt *= b_to[None, :]
+        if g is not None:
+            b_written = tl.sum(b_dkt * tl.trans(b_k).to(tl.float32), 0) * b_nk
+            through = through * tl.exp(high) + tl.sum(b_written, 0)
+            b_dg -= b_written
+        b_w = (b_da * b_nk[:, None]).to(dtype)
+        b_dkt = tl.dot(tl.trans(b_k), b_w, b_dkt, input_precision=PRECISION)
+        b_w = (b_dp * (b_nq * scale)[:, None]).to(dtype)
+        b_dkt = tl.dot(tl.trans(b_q), b_w, b_dkt, input_precision=PRECISION)
+
+        b_dx = tl.zeros((BT, BK), tl.float32)
+        for i_v in range(NV):
+            m_v = i_v * BV + o_v < V
+            o_xv = o_x[:, None] * V + (i_v * BV + o_v)[None, :]
+            if GROUP == 1:
+                b_h = tl.load(p_kept + o_st + i_v * BV, mask=m_v[:, None] & m_k[None, :], other=0)
+            b_dr = tl.load(d_r + i_x * V + o_xv, mask=m_t[:, None] & m_v[None, :], other=0)
+            b_dx = tl.dot(b_dr, b_h, b_dx, input_precision=PRECISION)
+        b_dx *= -(b_from * b_beta)[:, None]
+        if g is not None:
+            b_dg += tl.sum(b_dx * b_k.to(tl.float32), 1) * b_nk
+            b_dg = tl.cumsum(b_dg, 0, reverse=True) + through
+            tl.store(dg + i_x + o_x, b_dg.to(dg.dtype.element_ty), mask=m_t)
+        b_dx += tl.dot(b_wk, b_k, input_precision=PRECISION)
+        b_dx += tl.trans(b_dkt)
+        if L2NORM:
+            b_f = tl.load(k + i_x * K + o_xk, mask=m_tk, other=0).to(tl.float32)
+            b_dx = (b_dx - b_f * (tl.sum(b_dx * b_f, 1) * b_nk * b_nk)[:, None]) * b_nk[:, None]
+        tl.store(dk + i_x * K + o_xk, b_dx.to(dtype), mask=m_tk)

@@ -1,0 +1,98 @@
+"""What ``python -m refine_kernels.inspect`` compiles: every kernel at every configuration of some head sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from refine_kernels.delta_rule import triton_chunk
+from refine_kernels.delta_rule.reference import L2_NORM_EPS
+from refine_kernels.delta_rule.triton_recurrent import recurrent_variants
+from refine_kernels.kernel_variant import KernelVariant
+
+# (K, V): of the published models; unequal; the largest; ones that no vector load divides
+HEAD_SIZES = ((128, 128), (64, 64), (128, 256), (256, 256), (60, 100))
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+OPTIONAL = {  # what a kernel does without, by purpose
+    "inverse": {"plain": ("g",), "gated": ()},
+    "scan": {
+        "plain": ("g", "initial", "final_state", "states", "checkpoints", "chunk_states"),
+        "gated": ("initial", "final_state", "states", "checkpoints", "chunk_states"),
+        "gated training": ("chunk_states",),
+        "plain training": ("g", "chunk_states"),
+    },
+    "rescan": {
+        "plain": ("q", "o", "g", "final_state", "states", "checkpoints"),
+        "gated": ("q", "o", "final_state", "states", "checkpoints"),
+    },
+    "reverse": {
+        "plain": ("g", "d_final", "d_states"),
+        "gated": ("d_final", "d_states"),
+        "gated states": (),
+        "plain states": ("g",),
+    },
+    "gradient": {"plain": ("g", "dg"), "gated": ()},
+}
+FLOAT32 = ("beta", "g", "dbeta", "dg", "initial", "final_state", "states", "checkpoints", "d_final", "d_states",
+           "d_initial")  # fmt: skip
+
+
+def kernel_variants() -> Iterator[KernelVariant]:
+    """The chunk kernels for all dtypes at K = V = 128, for two at the other head sizes; the decode kernels."""
+    for kd, vd in HEAD_SIZES:
+        for dtype in POINTERS if kd == vd == 128 else (torch.bfloat16, torch.float32):
+            for few in (False, True):
+                tiles = triton_chunk.choose_tiles(kd, vd, dtype.itemsize, few)
+                for kernel, purposes in OPTIONAL.items():
+                    if kernel == "rescan" and tiles.carry:
+                        continue
+                    same = tiles if not few else triton_chunk.choose_tiles(kd, vd, dtype.itemsize, False)
+                    name = kernel.removeprefix("re") if kernel == "rescan" else kernel
+                    if few and getattr(same, name) == getattr(tiles, name):
+                        continue
+                    for purpose, without in purposes.items():
+                        yield _variant(kernel, purpose, kd, vd, dtype, tiles, without)
+    yield from recurrent_variants()
+
+
+def _variant(
+    kernel: str,
+    purpose: str,
+    kd: int,
+    vd: int,
+    dtype: torch.dtype,
+    tiles: triton_chunk.Tiles,
+    without: tuple[str, ...],
+) -> KernelVariant:
+    """With packed sequences, whose address arithmetic is the longer one."""
+    name = "scan" if kernel == "rescan" else kernel
+    function, tile = getattr(triton_chunk, f"{name}_kernel"), getattr(tiles, name)
+    group = triton_chunk.GROUP_TOKENS // tiles.chunk
+    if kernel == "gradient" and not tiles.carry:
+        group = 1
+    constants = {
+        "K": kd, "V": vd, "BK": triton_chunk.block(kd), "BV": tile.bv, "BT": tiles.chunk, "GROUP": group,
+        "RESCAN": kernel == "rescan", "L2NORM": True, "EPS": L2_NORM_EPS,
+        "PRECISION": triton_chunk.precision_of(dtype),
+    }  # fmt: skip
+    if kernel == "scan":
+        without = (*without, "owners")
+    names = function.arg_names
+    constants = {n: x for n, x in constants.items() if n in names} | dict.fromkeys(
+        n for n in without if n in names
+    )
+    pointers = dict.fromkeys(names[: names.index("T")], POINTERS[dtype])
+    pointers |= dict.fromkeys(FLOAT32, "*fp32") | {"cu_seqlens": "*i64", "owners": "*i32", "scale": "fp32"}
+    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
+    return KernelVariant(
+        name=f"delta_rule.{kernel} {purpose} K{kd} V{vd} {str(dtype).removeprefix('torch.')} "
+        f"{tiles.chunk} tokens x {tile.bv}",
+        kernel=function,
+        signature=signature,
+        constants=constants,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        divisible_by_16=frozenset(n for n, kind in signature.items() if kind.startswith("*")),
+        tensor_core=dtype != torch.float32,
+    )

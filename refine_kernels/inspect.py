@@ -1,0 +1,308 @@
+"""What the compiler makes of every kernel: ``python -m refine_kernels.inspect``. No GPU is needed.
+
+Every configuration that a launcher can choose (``refine_kernels.<op>.variants``) is compiled for every
+architecture. One line each says how many registers a thread has, how many bytes of registers the compiler
+spilled to memory, how much shared memory a program takes and which tensor-core instruction was found. The
+exit status is 1 when a kernel does not compile, needs more shared memory than the chip has, spills more than
+its stated budget on an NVIDIA chip, or lacks the tensor-core instruction that it must have.
+
+Registers and shared memory are read from the finished binary. Spilled bytes are those of all loads from and
+stores to local memory in its machine code, each instruction counted once however often it runs: the sum of
+ptxas' own "spill stores" and "spill loads". For AMD chips they are the scratch bytes of a thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import io
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import refine_kernels
+from refine_kernels.kernel_variant import KernelVariant
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A chip to compile for."""
+
+    name: str
+    backend: str  # Triton's name of it: "cuda" or "hip"
+    version: int | str
+    warp_size: int
+    shared_limit: int  # bytes of shared memory that one program may have
+    tensor_core: str  # matches the instruction in the assembly, up to where its variants begin
+
+
+ARCHS = {
+    arch.name: arch
+    for arch in (
+        Arch("sm_80", "cuda", 80, 32, 166_912, r"mma\.sync"),
+        Arch("sm_90", "cuda", 90, 32, 232_448, r"wgmma(?=\.mma_async)|mma\.sync"),
+        Arch("sm_100", "cuda", 100, 32, 232_448, r"tcgen05(?=\.mma)|mma\.sync"),
+        Arch("gfx942", "hip", "gfx942", 64, 65_536, r"mfma(?=_)"),
+    )
+}
+_BYTES_OF_ACCESS = {"": 4, "64": 8, "128": 16, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the compiler made of one kernel."""
+
+    registers: int  # of a thread
+    spilled_bytes: int  # stored and loaded, of a thread
+    shared_bytes: int  # of a program
+    tensor_core: str  # the instruction found; several are joined by "+"; "" for none
+
+
+@dataclass(frozen=True)
+class Report:
+    """One line of the table."""
+
+    variant: str
+    arch: str
+    num_warps: int
+    num_stages: int
+    measured: Measured | None  # None where nothing could be compiled
+    problems: tuple[str, ...]  # empty where all is well
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Finding
+
+
+def ops_with_kernels() -> list[str]:
+    """The folders of ``refine_kernels`` that have a ``variants.py``."""
+    return sorted(file.parent.name for file in Path(refine_kernels.__file__).parent.glob("*/variants.py"))
+
+
+@lru_cache
+def variants_of(op: str) -> list[KernelVariant]:
+    """Every configuration that the launchers of ``refine_kernels/<op>`` can choose."""
+    return list(importlib.import_module(f"refine_kernels.{op}.variants").kernel_variants())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Compiling and judging
+
+
+def inspect_variant(variant: KernelVariant, arch: Arch) -> Report:
+    """Compile one variant for one chip and judge it."""
+    try:
+        measured = measure(variant, arch)
+        problems = judge(variant, arch, measured)
+    except Exception as error:  # whatever the compiler raises is that kernel's result
+        measured = None
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        problems = [" ".join(["does not compile:", type(error).__name__, *lines[:1], *lines[1:][-1:]])]
+    return Report(variant.name, arch.name, variant.num_warps, variant.num_stages, measured, tuple(problems))
+
+
+def measure(variant: KernelVariant, arch: Arch) -> Measured:
+    """Compile ``variant`` for ``arch`` and read the result; whatever the compiler raises passes through."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    names = variant.kernel.arg_names
+    for given, of_what in ((variant.signature, "signature"), (variant.constants, "constants")):
+        if unknown := set(given) - set(names):
+            raise ValueError(f"{of_what} names no argument of the kernel: {', '.join(sorted(unknown))}")
+    if missing := [name for name in names if name not in variant.signature]:
+        raise ValueError(f"signature lacks {', '.join(missing)}")
+    constexprs = {name for name, kind in variant.signature.items() if kind == "constexpr"}
+    if constexprs != set(variant.constants):
+        raise ValueError(f"without value or type: {', '.join(sorted(constexprs ^ set(variant.constants)))}")
+
+    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible_by_16}
+    source = triton.compiler.ASTSource(
+        fn=variant.kernel,
+        signature={name: variant.signature[name] for name in names},
+        constexprs=variant.constants,
+        attrs=divisible,
+    )
+    target = GPUTarget(arch.backend, arch.version, arch.warp_size)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    with contextlib.redirect_stdout(io.StringIO()):  # a failing ptxas makes Triton print the whole assembly
+        compiled = triton.compile(source, target=target, options=options)
+    if arch.backend == "hip":
+        assembly = compiled.asm["amdgcn"]
+        registers, spilled = read_amdgcn(assembly)
+    else:
+        assembly = compiled.asm["ptx"]
+        registers, spilled = read_cubin(compiled.asm["cubin"])
+    found = "+".join(sorted(set(re.findall(arch.tensor_core, assembly))))
+    return Measured(registers, spilled, compiled.metadata.shared, found)
+
+
+def judge(variant: KernelVariant, arch: Arch, measured: Measured) -> list[str]:
+    """What is wrong with it, a sentence each."""
+    problems = []
+    if measured.shared_bytes > arch.shared_limit:
+        problems.append(
+            f"takes {measured.shared_bytes} bytes of shared memory where {arch.name} has {arch.shared_limit}"
+        )
+    if arch.backend == "cuda" and measured.spilled_bytes > variant.spill_budget:
+        problems.append(f"spills {measured.spilled_bytes} bytes, budget {variant.spill_budget}")
+    if variant.tensor_core and not measured.tensor_core:
+        problems.append("has no tensor-core instruction")
+    return problems
+
+
+def read_cubin(cubin: bytes) -> tuple[int, int]:
+    """Registers and spilled bytes of a thread, from an NVIDIA binary that holds one kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        registers, stack = read_resource_usage(_cuobjdump("-res-usage", path))
+        return registers, read_local_accesses(_cuobjdump("-sass", path)) if stack else 0
+
+
+def read_resource_usage(text: str) -> tuple[int, int]:
+    """Registers and stack bytes of a thread, from what ``cuobjdump -res-usage`` prints."""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise ValueError(f"cuobjdump printed no resource usage: {text.strip()!r}")
+    return int(found[1]), int(found[2])
+
+
+def read_local_accesses(text: str) -> int:
+    """Bytes stored to and loaded from local memory, from what ``cuobjdump -sass`` prints."""
+    total = 0
+    for suffixes in re.findall(r"\b(?:STL|LDL)((?:\.\w+)*) ", text):
+        widths = [part for part in suffixes.split(".") if part in _BYTES_OF_ACCESS]
+        total += _BYTES_OF_ACCESS[widths[-1] if widths else ""]
+    return total
+
+
+def read_amdgcn(text: str) -> tuple[int, int]:
+    """Registers and scratch bytes of a thread, from AMD assembly that holds one kernel."""
+    return tuple(
+        int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+        for name in ("vgpr_count", "private_segment_fixed_size")
+    )
+
+
+def _cuobjdump(option: str, path: Path) -> str:
+    """What the disassembler in Triton's own package prints."""
+    import triton
+
+    command = [triton.knobs.nvidia.cuobjdump.path, option, str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0 when every kernel is well, 1 when one is not, 2 when the command is not."""
+    options = _parser().parse_args(arguments)
+    try:
+        chosen = _choose(options)
+    except ValueError as error:
+        print(f"refine_kernels.inspect: {error}", file=sys.stderr)
+        return 2
+
+    width = max(len(variants_of(op)[i].name) for op, i, _ in chosen)
+    print(
+        _columns(width, "variant", "arch", "warps", "stages", "regs", "spilled", "shared / limit", "tensor")
+    )
+    reports = []
+    for report in _run(chosen, options.jobs):
+        print(_line(width, report), flush=True)
+        reports.append(report)
+    failed = sum(bool(report.problems) for report in reports)
+    print(f"{len(reports)} compiled, {failed} failed" if failed else f"{len(reports)} compiled, all well")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m refine_kernels.inspect", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--arch", nargs="+", default=list(ARCHS), help=f"of {', '.join(ARCHS)}; default: all")
+    parser.add_argument("--op", nargs="+", help="folders of refine_kernels; default: all with kernels")
+    parser.add_argument(
+        "--kernel", default="", metavar="SUBSTRING", help="only variants with this in the name"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes to compile in")
+    return parser
+
+
+def _choose(options: argparse.Namespace) -> list[tuple[str, int, str]]:
+    """(op, number of the variant, arch) of everything asked for; ``ValueError`` with a sentence if it cannot be."""
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise ValueError("TRITON_INTERPRET=1 is set: interpreted kernels are never compiled; unset it")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("the package triton is not installed, and it is the compiler")
+    if unknown := [arch for arch in options.arch if arch not in ARCHS]:
+        raise ValueError(f"--arch must be of {', '.join(ARCHS)}, got {', '.join(unknown)}")
+    if options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
+    there = ops_with_kernels()
+    if unknown := [op for op in options.op or () if op not in there]:
+        raise ValueError(f"--op must be of {', '.join(there) or 'nothing yet'}, got {', '.join(unknown)}")
+    chosen = [
+        (op, i, arch)
+        for op in options.op or there
+        for i, variant in enumerate(variants_of(op))
+        if options.kernel in variant.name
+        for arch in options.arch
+    ]
+    if not chosen:
+        raise ValueError(f"--kernel {options.kernel!r} is in the name of no variant of {', '.join(there)}")
+    return chosen
+
+
+def _run(chosen: Iterable[tuple[str, int, str]], jobs: int) -> Iterator[Report]:
+    """Reports in the order of ``chosen``, from this process or from ``jobs`` others."""
+    if jobs == 1:
+        yield from (_inspect(*one) for one in chosen)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+        yield from pool.map(_inspect, *zip(*chosen))
+
+
+def _inspect(op: str, i: int, arch: str) -> Report:
+    """What a worker does: kernels cannot be sent to another process, their place in the list can."""
+    return inspect_variant(variants_of(op)[i], ARCHS[arch])
+
+
+def _line(width: int, report: Report) -> str:
+    """One report; what is wrong with it stands at the end."""
+    if (m := report.measured) is None:
+        found = ("-",) * 4
+    else:
+        shared = f"{m.shared_bytes} / {ARCHS[report.arch].shared_limit}"
+        found = (m.registers, m.spilled_bytes, shared, m.tensor_core or "-")
+    line = _columns(width, report.variant, report.arch, report.num_warps, report.num_stages, *found)
+    return f"{line}  FAILED: {'; '.join(report.problems)}" if report.problems else line
+
+
+def _columns(width: int, variant, arch, warps, stages, registers, spilled, shared, tensor) -> str:
+    return (
+        f"{variant:<{width}}  {arch:<6}  {warps:>5}  {stages:>6}  {registers:>4}  {spilled:>7}  "
+        f"{shared:>16}  {tensor}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
