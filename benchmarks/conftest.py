@@ -1,18 +1,44 @@
-"""One screen of ratios at the end: pairs timed in turn on one machine are what counts."""
+"""One screen of ratios at the end: pairs timed in turn on one machine are what counts.
+
+``pytest benchmarks/ --benchmark-only --record`` also appends them to ``benchmarks/results/``.
+"""
 
 from __future__ import annotations
 
-RATIOS: list[tuple[str, str, float, str]] = []  # (what, against what, ratio, goal)
+import dataclasses
+from dataclasses import dataclass
+
+from benchmarks.results import record
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """``what / against = ratio``: of times unless ``what`` says otherwise."""
+
+    what: str
+    against: str
+    ratio: float
+    goal: str = ""
+
+
+RATIOS: list[Ratio] = []
 
 
 def add_ratio(what: str, against: str, ratio: float, goal: str = "") -> None:
-    """Show ``what / against = ratio`` in the summary."""
-    RATIOS.append((what, against, ratio, goal))
+    """Show a ratio in the summary."""
+    RATIOS.append(Ratio(what, against, ratio, goal))
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_addoption(parser):
+    parser.addoption("--record", action="store_true", help="append the ratios to benchmarks/results/")
+
+
+def pytest_terminal_summary(terminalreporter, config):
     if not RATIOS:
         return
     terminalreporter.section("ratios, pair by pair (time of the first over time of the second)")
-    for what, against, ratio, goal in RATIOS:
-        terminalreporter.write_line(f"{what:<44} {against:<34} {ratio:6.2f}   {goal}")
+    for r in RATIOS:
+        terminalreporter.write_line(f"{r.what:<44} {r.against:<34} {r.ratio:6.2f}   {r.goal}")
+    if config.getoption("--record"):
+        path = record("ratios", [dataclasses.asdict(r) for r in RATIOS])
+        terminalreporter.write_line(f"written to {path}")

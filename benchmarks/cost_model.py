@@ -8,9 +8,7 @@ twice its forward, and a GPU is assumed to reach ``UTILISATION`` of its rated ma
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -20,7 +18,6 @@ from refine.models import MODELS, DeltaNetConfig, LaCTConfig
 from refine.models.head import HiddenOnly, NextTokenLoss
 from refine.models.state import map_state
 
-RESULTS = Path(__file__).parent / "results"
 PUBLISHED = {
     "DeltaNet-1.3B": DeltaNetConfig(hidden_size=2048, num_heads=16, intermediate_size=5632),
     "LaCT-760M": LaCTConfig(),
@@ -197,20 +194,19 @@ def memory_table(tokens: int = 16384) -> str:
 
 def check() -> str:
     """Counted ratios beside the measured ones of the newest results file of each small model."""
+    from benchmarks.results import read
     from benchmarks.step_cost import MODELS as SMALL
 
     lines = ["| model, T | counted | measured |", "|---|---|---|"]
-    for model, (_, settings) in SMALL.items():
-        files = sorted(RESULTS.glob(f"step_cost_{model}_*.json"))
-        if not files:
-            continue
-        table = json.loads(files[-1].read_text())["table"]
+    newest = {contents.get("name", "delta_net"): contents for _, contents in read("step_cost", "cpu")}
+    for model, contents in newest.items():
         kind = {"lact": "lact_swiglu"}.get(model, model)
-        config = MODELS[kind].config_class(hidden_size=256, num_hidden_layers=4, vocab_size=4096, **settings)
-        for row in table["tokens"]:
-            counted = step_flops(config, Step(row["tokens"]), "shared_prefix") / step_flops(
-                config, Step(row["tokens"]), "sft"
-            )
+        config = MODELS[kind].config_class(
+            hidden_size=256, num_hidden_layers=4, vocab_size=4096, **SMALL[model][1]
+        )
+        for row in contents["table"]["tokens"]:
+            at = Step(row["tokens"])
+            counted = step_flops(config, at, "shared_prefix") / step_flops(config, at, "sft")
             lines.append(f"| {model}, {row['tokens']:,} | {counted:.3f} | {row['ratio']:.2f} |")
     return "\n".join(lines)
 

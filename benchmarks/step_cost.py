@@ -8,10 +8,6 @@ in turn and the median of the pairs' ratios is kept.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -21,12 +17,12 @@ from statistics import median
 
 import torch
 
+from benchmarks.results import record
 from refine import RefineConfig, refine_step
 from refine.method.step import next_token_targets
 from refine.models import new_model
 from refine.models.head import HiddenOnly, NextTokenLoss
 
-RESULTS = Path(__file__).parent / "results"
 WAYS = ("sft", "shared_prefix", "per_prefix")
 
 
@@ -208,31 +204,9 @@ def main() -> None:
     if options.memory_of:
         print(_memory_here(options.memory_of, options.tokens, options.model))
         return
-    now = datetime.datetime.now(datetime.UTC)
-    record = {
-        "what": "REFINE step over SFT step, forward and backward, float32, batch 1, vocabulary 4096",
-        "kind": "step_cost",
-        "model": MODELS[options.model][0],
-        "date": now.date().isoformat(),
-        "machine": {
-            "processor": _processor(),
-            "threads": torch.get_num_threads(),
-            "load_before": os.getloadavg()[0],
-        },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "table": measure(options.pairs, options.model),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"step_cost_{options.model}_cpu_{now:%Y%m%d_%H%M}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written to benchmarks/results/{path.name}\n\n{markdown(record)}")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+    table = measure(options.pairs, options.model)
+    path = record("step_cost", table, name=options.model, model=MODELS[options.model][0])
+    print(f"written to {path}\n\n{markdown({'table': table})}")
 
 
 if __name__ == "__main__":

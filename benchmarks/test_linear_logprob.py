@@ -2,10 +2,15 @@
 
 On a shared machine only the ratios mean anything: every round runs all providers once, and a ratio is the
 median over rounds of the ratio within a round.
+
+On a GPU (`pytest benchmarks/test_linear_logprob.py -k gpu --benchmark-only`) every provider is compared with one
+logits product of the same shape, after its loss and gradients were compared with ours; peers that are not
+installed are skipped by name. Times and peak memory are in the summary.
 """
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import time
 from collections.abc import Callable
@@ -104,15 +109,162 @@ def test_rollout(benchmark, N, provider):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ratios(benchmark, shape):
-    """Every provider over our loss alone. Goals: entropies at most 1.1, none of torch's under 1."""
+    """Every provider over our loss alone, and ours with entropies over PyTorch's without."""
     times = benchmark.pedantic(in_turns, (training_providers(*SHAPES[shape]), ROUNDS), rounds=1, iterations=1)
     for name, seconds in times.items():
         if name != "loss":
-            ratio = statistics.median(a / b for a, b in zip(seconds, times["loss"]))
+            ratio = median_ratio(seconds, times["loss"])
             goal = {"loss + entropy": "goal: at most 1.1"}.get(
                 name, "goal: at least 1" if name.startswith("torch") else ""
             )
             add_ratio(f"{name}, {shape}", "linear_cross_entropy, fwd + bwd", ratio, goal)
+    if (theirs := "torch: linear_cross_entropy") in times:
+        ratio = median_ratio(times["loss + entropy"], times[theirs])
+        add_ratio(f"loss + entropy, {shape}", theirs, ratio, "goal: at most 1")
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------
+
+GPU_SHAPES = {"16K x 2048 x 32000": (16384, 2048, 32000), "8K x 4096 x 131072": (8192, 4096, 131072)}
+# What one bfloat16 logits product of the same shape may be exceeded by, and scratch in bytes at the first shape.
+GPU_GOALS = {
+    "log-prob + entropy, forward": "goal: at most 1.4",
+    "loss + entropy, forward + backward": "goal: at most 3.8, scratch 600 MB",
+    "log-prob + entropy, forward + backward": "goal: at most 5",
+}
+
+
+def gpu_steps(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> dict[str, Callable]:
+    """The loss of every provider from x [N, D], weight [V, D], target [N]; one is without gradients."""
+
+    def plain_with_entropy() -> torch.Tensor:
+        log_p = (x @ weight.t()).float().log_softmax(1)
+        return -log_p.gather(1, target[:, None]).mean() - 0 * (log_p.exp() * log_p).sum(1).mean()
+
+    def general() -> torch.Tensor:
+        out = linear_logprob(x, weight, target, return_entropy=True)
+        return -out.logprob.mean() + 0 * out.entropy.mean()
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            return -linear_logprob(x, weight, target, return_entropy=True).logprob.mean()
+
+    def peer(module: str, function: str, *arguments: torch.Tensor) -> Callable:
+        return lambda: getattr(importlib.import_module(module), function)(*arguments)
+
+    return {
+        "log-prob + entropy, forward": forward,
+        "loss + entropy, forward + backward": lambda: linear_cross_entropy(
+            x, weight, target, return_entropy=True
+        )[0],
+        "log-prob + entropy, forward + backward": general,
+        "torch: loss + entropy of logits": plain_with_entropy,
+        "torch: linear_cross_entropy": lambda: F.linear_cross_entropy(x, weight, target),
+        "Liger: fused linear cross entropy": peer(
+            "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy", x, weight, target
+        ),
+        "cut-cross-entropy": peer("cut_cross_entropy", "linear_cross_entropy", x, weight, target),
+        "fla: fused linear cross entropy": peer(
+            "fla.modules.fused_linear_cross_entropy", "fused_linear_cross_entropy_loss", x, target, weight
+        ),
+    }
+
+
+GPU_PROVIDERS = [
+    *GPU_GOALS,
+    "torch: loss + entropy of logits",
+    "torch: linear_cross_entropy",
+    "Liger: fused linear cross entropy",
+    "cut-cross-entropy",
+    "fla: fused linear cross entropy",
+]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("provider", GPU_PROVIDERS)
+@pytest.mark.parametrize("shape", GPU_SHAPES)
+def test_gpu(benchmark, shape, provider):
+    """Numbers first, then time over one logits product, and peak memory beyond what was there before."""
+    N, D, V = GPU_SHAPES[shape]
+    x = torch.randn(N, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(V, D, device="cuda") / D**0.5).bfloat16().requires_grad_()
+    target = torch.randint(V, (N,), device="cuda")
+    steps = gpu_steps(x, weight, target)
+
+    def run() -> torch.Tensor:
+        x.grad = weight.grad = None
+        loss = steps[provider]()
+        if loss.requires_grad:
+            loss.backward()
+        return loss.detach()
+
+    try:
+        loss = run()
+    except (ImportError, AttributeError) as missing:
+        pytest.skip(f"not here: {missing}")
+    except torch.cuda.OutOfMemoryError:
+        pytest.skip("out of memory")
+    gradients = [t.grad for t in (x, weight)]
+    expected = linear_cross_entropy(x, weight, target)
+    torch.testing.assert_close(loss.float(), expected.detach(), rtol=2e-3, atol=2e-3)
+    if gradients[0] is not None:
+        ours = torch.autograd.grad(expected, (x, weight))
+        assert all((a.float() - b.float()).norm() < 0.05 * b.float().norm() for a, b in zip(gradients, ours))
+        del ours
+    del expected, gradients, loss
+    x.grad = weight.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    grown = sum(t.grad.nbytes for t in (x, weight) if t.grad is not None)
+    scratch = torch.cuda.max_memory_allocated() - before - grown
+
+    def product() -> None:
+        with torch.no_grad():
+            x @ weight.t()
+
+    def timed(step: Callable) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def measured() -> dict[str, list[float]]:
+        turns = [(timed(run), timed(product)) for _ in range(20)][5:]
+        return dict(zip(("step", "product"), map(list, zip(*turns))))
+
+    times = benchmark.pedantic(measured, rounds=1, iterations=1)
+    what = f"{provider}, {shape}, {statistics.median(times['step']) * 1e3:.2f} ms, {scratch / 1e6:.0f} MB"
+    add_ratio(
+        what, "one logits product", median_ratio(times["step"], times["product"]), GPU_GOALS.get(provider, "")
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_gpu_decoding(benchmark):
+    """Tokens of 8 rows, over reading the weight once. Bound by memory."""
+    N, D, V = 8, 2048, 32000
+    x = torch.randn(N, D, device="cuda", dtype=torch.bfloat16)
+    weight = (torch.randn(V, D, device="cuda") / D**0.5).bfloat16()
+
+    def step() -> None:
+        linear_logprob(x, weight, sample=True, seed=seeds, return_entropy=True)
+        torch.cuda.synchronize()
+
+    def read() -> None:
+        weight.sum()
+        torch.cuda.synchronize()
+
+    seeds = torch.arange(N, device="cuda")
+    times = benchmark.pedantic(in_turns, ({"step": step, "read": read}, 50), rounds=1, iterations=1)
+    add_ratio("token, log-prob, entropy of 8 rows", "sum of the weight", median_ratio(*times.values()))
+
+
+def median_ratio(a: list[float], b: list[float]) -> float:
+    return statistics.median(x / y for x, y in zip(a, b))
 
 
 def in_turns(providers: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:

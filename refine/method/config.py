@@ -31,6 +31,8 @@ class RefineConfig:
             way: the prefix is run again for every position; the reference).
         state_stride: states are kept every so many tokens, a multiple of 64. Larger saves memory and costs
             a longer delta rule at each position.
+        segment_length: read sequences by segments of so many tokens (at least 64): the same gradient with the
+            activations of one segment alive, for one more forward. None: in one pass.
     """
 
     num_chunks: int = 8
@@ -46,6 +48,7 @@ class RefineConfig:
     dual_clip: float = 3.0
     step: str = "shared_prefix"
     state_stride: int = 64
+    segment_length: int | None = None
 
     def __post_init__(self):
         for name in ("num_chunks", "rollout_length", "num_rollouts"):
@@ -64,6 +67,11 @@ class RefineConfig:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not isinstance(self.state_stride, int) or self.state_stride < 64 or self.state_stride % 64:
             raise ValueError(f"state_stride must be a positive multiple of 64, got {self.state_stride!r}")
+        if self.segment_length is not None:
+            if not isinstance(self.segment_length, int) or self.segment_length < 64:
+                raise ValueError(f"segment_length must be at least 64 or none, got {self.segment_length!r}")
+            if self.step == "per_prefix":
+                raise ValueError("segment_length needs step=shared_prefix: per_prefix reads whole prefixes")
         find_reward(self.reward)
 
     @property

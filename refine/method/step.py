@@ -14,9 +14,11 @@ import torch
 
 from refine.method.config import RefineConfig
 from refine.method.objective import group_advantages, policy_loss
+from refine.method.relay import Relay
 from refine.method.rewards import binary, cosine, find_reward
 from refine.method.rollout import sample_rollouts
 from refine.method.seeds import rollout_seeds, sequence_seeds
+from refine.method.segments import read_with_rollouts
 from refine.method.selection import select_positions
 from refine.models.head import HiddenOnly, NextTokenLoss, TokenLogprob
 
@@ -69,6 +71,7 @@ def refine_step(
     rollouts: torch.Tensor | None = None,
     old_logprobs: torch.Tensor | None = None,
     advantages: torch.Tensor | None = None,
+    relay: Relay | None = None,
 ) -> RefineStepOutput:
     """One forward of the REFINE loss (arXiv 2602.16704, Sec. 3) over a batch of sequences.
 
@@ -90,6 +93,7 @@ def refine_step(
             on-policy step.
         advantages: [B, c, n], computed when the rollouts were; default: from the rewards of this call. A
             step under ``torch.no_grad()`` gives all four for later off-policy updates.
+        relay: the processes that share each sequence (context parallelism); needs ``config.segment_length``.
 
     Raises:
         ValueError: padding on the left, a sequence shorter than ``config.min_tokens``, a shape that does not
@@ -99,8 +103,13 @@ def refine_step(
     _check_draw(input_ids, lengths, config, positions, rollouts, old_logprobs, advantages)
     if seeds is None:
         seeds = sequence_seeds(input_ids, lengths, generator)
-    take = _per_prefix if config.step == "per_prefix" else _shared_prefix
-    done = take(model, input_ids, lengths, config, seeds, positions, rollouts)
+    if config.segment_length is not None:
+        done = _by_segments(model, input_ids, lengths, config, seeds, positions, rollouts, relay)
+    elif relay is not None:
+        raise ValueError("relay shares a sequence by segments: set segment_length")
+    else:
+        take = _per_prefix if config.step == "per_prefix" else _shared_prefix
+        done = take(model, input_ids, lengths, config, seeds, positions, rollouts)
 
     detached = done.logprobs.detach()
     old = done.old_logprobs if old_logprobs is None else old_logprobs
@@ -175,6 +184,27 @@ def _shared_prefix(model, input_ids, lengths, config, seeds, positions, rollouts
         old_logprobs=logprobs.detach(),
         predicted=predicted.detach().view(batch, c, n, k, -1),
         true=_tokens_of(hidden.detach(), positions, k),
+    )
+
+
+def _by_segments(model, input_ids, lengths, config, seeds, positions, rollouts, relay) -> _Pass:
+    """The shared prefix in constant memory: see :mod:`refine.method.segments`."""
+    batch, c, n, k = len(input_ids), config.num_chunks, config.num_rollouts, config.rollout_length
+    targets, weight = next_token_targets(input_ids, lengths)
+    found = read_with_rollouts(
+        model, input_ids, lengths, targets, weight, config, config.segment_length, seeds, positions, rollouts,
+        relay,
+    )  # fmt: skip
+    logprobs = found.logprobs.view(batch, c, n, k)
+    return _Pass(
+        ntp_loss=found.ntp_loss,
+        entropy=found.entropy,
+        positions=found.positions,
+        rollouts=found.tokens.view(batch, c, n, k),
+        logprobs=logprobs,
+        old_logprobs=logprobs.detach(),
+        predicted=found.predicted.view(batch, c, n, k, -1),
+        true=found.true.view(batch, c, k, -1),
     )
 
 

@@ -91,6 +91,22 @@ def check_cu_seqlens(
         )
 
 
+def check_cu_seqlens_cpu(
+    cu_seqlens_cpu: torch.Tensor | None,  # [N + 1]
+    cu_seqlens: torch.Tensor | None,  # [N + 1]
+) -> None:
+    """The copy on the CPU is of nothing else."""
+    if cu_seqlens_cpu is None:
+        return
+    if cu_seqlens is None:
+        raise ValueError("cu_seqlens_cpu needs cu_seqlens, got cu_seqlens=None")
+    if cu_seqlens_cpu.shape != cu_seqlens.shape or cu_seqlens_cpu.device.type != "cpu":
+        raise ValueError(
+            f"cu_seqlens_cpu must be {_shape(cu_seqlens)} on the CPU as cu_seqlens is, "
+            f"got {_shape(cu_seqlens_cpu)} on {cu_seqlens_cpu.device}"
+        )
+
+
 def check_bounds(
     cu_seqlens: torch.Tensor,  # [N + 1]
     tokens: int,

@@ -26,14 +26,15 @@ def chunk_delta_rule(
     k: torch.Tensor,  # [B, T, H, K]
     v: torch.Tensor,  # [B, T, H, V]
     beta: torch.Tensor,  # [B, T, H]
-    *,
-    g: torch.Tensor | None = None,  # [B, T, H]
     scale: float | None = None,
     initial_state: torch.Tensor | None = None,  # [N, H, K, V]
     output_final_state: bool = False,
-    state_stride: int | None = None,
-    cu_seqlens: torch.Tensor | None = None,  # [N + 1]
     use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: torch.Tensor | None = None,  # [N + 1]
+    cu_seqlens_cpu: torch.Tensor | None = None,  # [N + 1]
+    *,
+    g: torch.Tensor | None = None,  # [B, T, H]
+    state_stride: int | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """The delta rule (DeltaNet) and, with ``g``, the gated delta rule (Gated DeltaNet) over whole sequences.
@@ -58,6 +59,7 @@ def chunk_delta_rule(
         state_stride: a multiple of 64: also return the states before tokens 0, s, 2s, ... of each sequence.
         cu_seqlens: ``[N + 1]`` integers from 0 to T: B = 1 and sequence n is tokens ``cu_seqlens[n]`` up to
             ``cu_seqlens[n + 1]``. Sequences do not see one another; an empty one passes its state on.
+        cu_seqlens_cpu: the same numbers on the CPU, where they are at hand; only looked at for agreement in length.
         use_qk_l2norm_in_kernel: normalise q and k first: ``x / sqrt(sum x^2 + 1e-6)`` over the head.
         backend: ``"triton"`` (not for float64), ``"torch"``, ``"reference"``, or ``None`` to choose by device.
 
@@ -73,6 +75,8 @@ def chunk_delta_rule(
     ``cu_seqlens`` and ``state_stride`` the number of states depends on data, and
     ``torch.compile(fullgraph=True)`` needs ``torch._dynamo.config.capture_dynamic_output_shape_ops = True``.
 
+    The positional arguments and their order are those of ``fla.ops.delta_rule.chunk_delta_rule``.
+
     Sources: Yang et al., arXiv 2406.06484 (DeltaNet); Yang et al., arXiv 2412.06464 (Gated DeltaNet).
     """
     q, k, v = _autocast(q, k, v)
@@ -80,6 +84,7 @@ def chunk_delta_rule(
     checks.check_state_stride(state_stride)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q)
+    checks.check_cu_seqlens_cpu(cu_seqlens_cpu, cu_seqlens)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     checks.check_state(initial_state, rows, q, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

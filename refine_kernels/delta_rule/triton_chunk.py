@@ -12,7 +12,8 @@ and carries it on the chip; head sizes too large for that read each chunk's stat
 Keys and queries are never normalised in memory nor on the chip: ``use_qk_l2norm_in_kernel`` multiplies rows of
 float32 results by ``1 / sqrt(sum x^2 + eps)``, so products read what was loaded. The same holds for beta and the
 decays. No product takes a transposed result of another product, only transposed loads (Triton before 3.7.1 is
-known to get the former wrong on Hopper): ``gradient_kernel`` works out both orientations of what it needs.
+known to get the former wrong on Hopper): ``gradient_kernel`` therefore works on S^T and U^T, and adds up dK in
+two halves, one of them as dK^T.
 """
 
 from __future__ import annotations
@@ -56,10 +57,11 @@ def forward(
         longest = q.shape[1] if cu_seqlens is None else int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
         most = -(-longest // state_stride)
     o = torch.empty_like(v)
-    new_states = torch.empty if cu_seqlens is None else torch.zeros  # zero past a packed sequence's end
+    new_states = torch.empty if cu_seqlens is None else torch.zeros  # some places are nobody's
     states = new_states(plan.rows, most, h, kd, vd, dtype=torch.float32, device=q.device)
     final_state = states.new_empty(plan.rows if output_final_state else 0, h, kd, vd)
-    checkpoints = states.new_empty(checkpoint_count(q, cu_seqlens) if for_backward else 0, b, h, kd, vd)
+    kept = checkpoint_count(q, cu_seqlens) if for_backward else 0
+    checkpoints = new_states(kept, b, h, kd, vd, dtype=torch.float32, device=q.device)
     if b * h == 0:
         return o, final_state, states, checkpoints
     inverse = _inverse(plan, k, beta, g, cu_seqlens, l2norm)
@@ -186,14 +188,14 @@ def choose_tiles(kd: int, vd: int, itemsize: int, few: bool) -> Tiles:
     """The tiles for head sizes ``kd`` and ``vd``, ``itemsize`` bytes a number, ``few`` rows x heads (too few to
     occupy a GPU by themselves)."""
     bk, whole = block(kd), block(vd)
-    wide = max(bk, whole) > 128 or itemsize > 2 and max(bk, whole) > 64
+    wide = max(bk, whole) > 128 or (itemsize > 2 and max(bk, whole) > 64)
     chunk = 32 if wide else 64
     stages = 1 if wide else 2
     if wide:
         bv = min(whole, 16 if itemsize > 2 and bk > 128 else 32)
         tile = Tile(bv, 4, 1)
         return Tiles(chunk, False, Tile(bv, 4, 1), tile, tile, Tile(bv, 8, 1))
-    bv = min(whole, 32 if few else 64)
+    bv = min(whole, 32 if few or bk == 128 else 64)
     scan = Tile(bv, 4, stages)
     return Tiles(chunk, True, Tile(bv, 4, 1), scan, scan, Tile(whole, 8, 1))
 
@@ -378,7 +380,9 @@ def inverse_kernel(
     i_x = (begin + i_c * BT) * H + i_h  # of the chunk's first token, then of every token from there
     o_x = o_i * H
     o_k = tl.arange(0, BK)
-    b_k = tl.load(k + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_t[:, None] & (o_k < K)[None, :], other=0)
+    b_k = tl.load(
+        k + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_t[:, None] & (o_k < K)[None, :], other=0
+    )
     b_beta = tl.load(beta + i_x + o_x, mask=m_t, other=0).to(tl.float32)
     b_nk = _norms(b_k, L2NORM, EPS)
     m_below = o_i[:, None] > o_i[None, :]
@@ -393,7 +397,7 @@ def inverse_kernel(
     o_b = tl.arange(0, NB)
     o_16 = tl.arange(0, 16)
     # the blocks on the diagonal, [NB, 16, 16]
-    m_own = (o_b[:, None, None, None] == o_b[None, None, :, None])
+    m_own = o_b[:, None, None, None] == o_b[None, None, :, None]
     b_d = tl.sum(tl.where(m_own, tl.reshape(b_a, (NB, 16, NB, 16)), 0.0), 2)
     b_m = tl.where(o_16[None, :, None] == o_16[None, None, :], 1.0, 0.0) + tl.zeros((NB, 16, 16), tl.float32)
     for i in range(1, 16):
@@ -468,7 +472,6 @@ def scan_kernel(
     i_place = _place(cu_seqlens, i_n, begin, T, BT)
 
     o_i = tl.arange(0, BT)
-    o_x = o_i * H
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
@@ -479,14 +482,16 @@ def scan_kernel(
     if initial is None:
         b_s = tl.zeros((BK, BV), tl.float32)
     else:
-        b_s = tl.load(initial + (i_row.to(tl.int64) * H + i_h) * (K * V) + o_s, mask=m_s, other=0).to(tl.float32)
+        b_s = tl.load(initial + (i_row.to(tl.int64) * H + i_h) * (K * V) + o_s, mask=m_s, other=0).to(
+            tl.float32
+        )
 
     for i_c in range(first, chunks):
-        if states is not None:
+        if states is not None:  # noqa: SIM102
             if i_c % STRIDE == 0:
                 i_state = (i_n.to(tl.int64) * N_STATES + i_c // STRIDE) * H + i_h
                 tl.store(states + i_state * (K * V) + o_s, b_s, mask=m_s)
-        if checkpoints is not None:
+        if checkpoints is not None:  # noqa: SIM102
             if i_c % GROUP == 0:
                 i_state = (i_group + i_c // GROUP) * H + i_h
                 tl.store(checkpoints + i_state * (K * V) + o_s, b_s, mask=m_s)
@@ -494,26 +499,27 @@ def scan_kernel(
         if chunk_states is not None:
             tl.store(chunk_states + ((i_place + i_c) * H + i_h) * (K * V) + o_s, b_h, mask=m_s)
 
-        i_x = (begin + i_c * BT) * H + i_h
-        m_t = i_c * BT + o_i < length
+        o_t = i_c * BT + o_i
+        m_t = o_t < length
+        o_x = (begin + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
-        b_k = tl.load(k + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
-        b_m = tl.load(inverse + i_x * BT + (o_x[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0)
-        b_beta = tl.load(beta + i_x + o_x, mask=m_t, other=0).to(tl.float32)
+        b_k = tl.load(k + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        b_m = tl.load(inverse + (o_x[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0)
+        b_beta = tl.load(beta + o_x, mask=m_t, other=0).to(tl.float32)
         b_nk = _norms(b_k, L2NORM, EPS)
         b_read = b_nk  # factors of K where it reads the state, of K where it writes
         b_write = b_nk
         if g is not None:
-            b_high, b_low, high, low = _decays(g + i_x, o_x, m_t)
+            b_high, b_low, high, low = _decays(g, o_x, m_t)
             b_read = b_nk * tl.exp(b_high)
             b_write = b_nk * tl.exp((high - b_high) + (low - b_low))
 
-        b_v = tl.load(v + i_x * V + (o_x[:, None] * V + o_v[None, :]), mask=m_tv, other=0).to(tl.float32)
+        b_v = tl.load(v + (o_x[:, None] * V + o_v[None, :]), mask=m_tv, other=0).to(tl.float32)
         b_r = b_v - b_read[:, None] * tl.dot(b_k, b_h, input_precision=PRECISION)
         b_u = tl.dot(b_m, (b_beta[:, None] * b_r).to(dtype), input_precision=PRECISION)
         if o is not None:
-            b_q = tl.load(q + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+            b_q = tl.load(q + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
             b_nq = _norms(b_q, L2NORM, EPS) * scale
             m_p = o_i[:, None] >= o_i[None, :]
             b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_nq[:, None] * b_nk[None, :]
@@ -523,7 +529,7 @@ def scan_kernel(
             b_p = tl.where(m_p, b_p, 0.0)
             b_o = tl.dot(b_q, b_h, input_precision=PRECISION) * b_nq[:, None]
             b_o = tl.dot(b_p.to(dtype), b_u.to(dtype), b_o, input_precision=PRECISION)
-            tl.store(o + i_x * V + (o_x[:, None] * V + o_v[None, :]), b_o.to(dtype), mask=m_tv)
+            tl.store(o + (o_x[:, None] * V + o_v[None, :]), b_o.to(dtype), mask=m_tv)
         if g is not None:
             b_s *= tl.exp(high)
         b_s = tl.dot(tl.trans(b_k), (b_write[:, None] * b_u).to(dtype), b_s, input_precision=PRECISION)
@@ -575,7 +581,6 @@ def reverse_kernel(
     chunks = tl.cdiv(length, BT)
 
     o_i = tl.arange(0, BT)
-    o_x = o_i * H
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
@@ -594,15 +599,16 @@ def reverse_kernel(
         b_dh = b_ds.to(dtype)
         tl.store(d_chunk_states + ((i_place + i_c) * H + i_h) * (K * V) + o_s, b_dh, mask=m_s)
 
-        i_x = (begin + i_c * BT) * H + i_h
-        m_t = i_c * BT + o_i < length
+        o_t = i_c * BT + o_i
+        m_t = o_t < length
+        o_x = (begin + o_t) * H + i_h
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
-        b_q = tl.load(q + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
-        b_k = tl.load(k + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
-        b_do = tl.load(d_o + i_x * V + (o_x[:, None] * V + o_v[None, :]), mask=m_tv, other=0)
-        b_m = tl.load(inverse + i_x * BT + (o_x[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0)
-        b_beta = tl.load(beta + i_x + o_x, mask=m_t, other=0).to(tl.float32)
+        b_q = tl.load(q + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        b_k = tl.load(k + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        b_do = tl.load(d_o + (o_x[:, None] * V + o_v[None, :]), mask=m_tv, other=0)
+        b_m = tl.load(inverse + (o_x[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0)
+        b_beta = tl.load(beta + o_x, mask=m_t, other=0).to(tl.float32)
         b_nq = _norms(b_q, L2NORM, EPS) * scale
         b_nk = _norms(b_k, L2NORM, EPS)
         m_p = o_i[:, None] <= o_i[None, :]
@@ -610,7 +616,7 @@ def reverse_kernel(
         b_write = b_nk
         b_read = b_nk
         if g is not None:
-            b_high, b_low, high, low = _decays(g + i_x, o_x, m_t)
+            b_high, b_low, high, low = _decays(g, o_x, m_t)
             b_p *= _between(b_high[None, :], b_low[None, :], b_high[:, None], b_low[:, None], m_p)
             b_write = b_nk * tl.exp((high - b_high) + (low - b_low))
             b_read = b_nk * tl.exp(b_high)
@@ -620,14 +626,14 @@ def reverse_kernel(
         b_du = tl.dot(b_k, b_dh, input_precision=PRECISION) * b_write[:, None]
         b_du = tl.dot(b_p.to(dtype), b_do, b_du, input_precision=PRECISION)
         b_dr = tl.dot(tl.trans(b_m), b_du.to(dtype), input_precision=PRECISION)
-        tl.store(d_r + i_x * V + (o_x[:, None] * V + o_v[None, :]), b_dr.to(dtype), mask=m_tv)
+        tl.store(d_r + (o_x[:, None] * V + o_v[None, :]), b_dr.to(dtype), mask=m_tv)
         if g is not None:
             b_ds *= tl.exp(high)
         b_x = (b_nq[:, None] * b_do.to(tl.float32)).to(dtype)
         b_ds = tl.dot(tl.trans(b_q), b_x, b_ds, input_precision=PRECISION)
         b_x = (-(b_read * b_beta)[:, None] * b_dr).to(dtype)
         b_ds = tl.dot(tl.trans(b_k), b_x, b_ds, input_precision=PRECISION)
-        if d_states is not None:
+        if d_states is not None:  # noqa: SIM102
             if i_c % STRIDE == 0:
                 i_given = (i_n.to(tl.int64) * N_STATES + i_c // STRIDE) * H + i_h
                 b_ds += tl.load(d_states + i_given * (K * V) + o_s, mask=m_s, other=0).to(tl.float32)
@@ -772,7 +778,11 @@ def gradient_kernel(
         tl.store(dbeta + i_x + o_x, b_dbeta.to(dbeta.dtype.element_ty), mask=m_t)
         if g is not None:
             b_l *= b_beta[:, None]
-            b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (b_nq * scale)[:, None] * b_nk[None, :]
+            b_p = (
+                tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+                * (b_nq * scale)[:, None]
+                * b_nk[None, :]
+            )
             b_l = tl.where(m_l, b_l + b_dp * b_p, 0.0)
             b_dg = tl.sum(b_l, 1) - tl.sum(b_l, 0)
         b_da *= b_beta[:, None]  # E

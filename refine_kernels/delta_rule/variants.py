@@ -13,6 +13,7 @@ from refine_kernels.kernel_variant import KernelVariant
 
 # (K, V): of the published models; unequal; the largest; ones that no vector load divides
 HEAD_SIZES = ((128, 128), (64, 64), (128, 256), (256, 256), (60, 100))
+DTYPES = {(128, 128): (torch.bfloat16, torch.float16, torch.float32)}  # bfloat16 alone elsewhere
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 OPTIONAL = {  # what a kernel does without, by purpose
     "inverse": {"plain": ("g",), "gated": ()},
@@ -39,9 +40,9 @@ FLOAT32 = ("beta", "g", "dbeta", "dg", "initial", "final_state", "states", "chec
 
 
 def kernel_variants() -> Iterator[KernelVariant]:
-    """The chunk kernels for all dtypes at K = V = 128, for two at the other head sizes; the decode kernels."""
+    """The chunk kernels for all dtypes at K = V = 128, for bfloat16 at the other head sizes; the decode kernels."""
     for kd, vd in HEAD_SIZES:
-        for dtype in POINTERS if kd == vd == 128 else (torch.bfloat16, torch.float32):
+        for dtype in DTYPES.get((kd, vd), (torch.bfloat16,)):
             for few in (False, True):
                 tiles = triton_chunk.choose_tiles(kd, vd, dtype.itemsize, few)
                 for kernel, purposes in OPTIONAL.items():

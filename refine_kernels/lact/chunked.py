@@ -203,6 +203,15 @@ def _hidden(
     return y, h
 
 
+def _store(into: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *second: torch.Tensor) -> None:
+    """``into = a b``, or the sum of two such products, without a copy where dtypes agree."""
+    found = torch.bmm(a, b, out=into if into.dtype == a.dtype else None)
+    if second:
+        found.baddbmm_(*second)
+    if found is not into:
+        into.copy_(found)
+
+
 def _accumulate(into: torch.Tensor, a: torch.Tensor, b: torch.Tensor, tokens: slice) -> None:
     """``into += a^T b``, or the first block's product in place of what was there."""
     into.baddbmm_(a.mT, b, beta=0 if tokens.start == 0 else 1)
@@ -245,8 +254,8 @@ def _gradient_backward(
         d0.mul_(b.lr0)
         torch.mul(d2, b.lr2, out=y2)  # y is now what the forward multiplied k with
         h.mul_(b.lr1)
-        d_x.k[n, t] = torch.baddbmm(y @ c02[n], e, w02[n])
-        d_x.v[n, t] = torch.baddbmm(h @ c1[n].mT, d_g, w1[n].mT)
+        _store(d_x.k[n, t], y, c02[n], e, w02[n])
+        _store(d_x.v[n, t], h, c1[n].mT, d_g, w1[n].mT)
         _accumulate(into02[n], e, b.k, t)
         _accumulate(into1[n], b.v, d_g, t)
     return d_weights
@@ -292,7 +301,7 @@ def apply_forward(
         w02, w1 = widths.stacked(weights)
         for n, t in _blocks(*x.shape[:2], widths.dh):
             y0, y2 = (x[n, t].to(stack.dtype) @ w02[n].mT).split(widths.dh, dim=-1)
-            into[n, t] = torch.nn.functional.silu(y0).mul_(y2) @ w1[n].mT
+            _store(into[n, t], torch.nn.functional.silu(y0).mul_(y2), w1[n].mT)
     return o
 
 
@@ -305,7 +314,9 @@ def apply_backward(
     offset: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the stack ``[N, S, P]`` and of q."""
-    d_stack, d_q = torch.zeros_like(stack), q.new_empty(q.shape)
+    d_stack, d_q = stack.new_empty(stack.shape), q.new_empty(q.shape)
+    d_stack[:, : offset // chunk_size] = 0.0
+    d_stack[:, (offset + q.shape[1] - 1) // chunk_size + 1 :] = 0.0
     pieces = _pieces(stack, (q, d_o, d_q), chunk_size, offset)
     gradients = _pieces(d_stack, (), chunk_size, offset, tokens=q.shape[1])
     for (weights, (x, d, into)), (d_weights, _) in zip(pieces, gradients):
@@ -313,7 +324,7 @@ def apply_backward(
         for n, t in _blocks(*x.shape[:2], widths.dh):
             b_x, b_d = x[n, t].to(stack.dtype), d[n, t].to(stack.dtype)
             d_y, h = _hidden(b_x, b_d, w02[n], w1[n], widths.dh)
-            into[n, t] = d_y @ w02[n]
+            _store(into[n, t], d_y, w02[n])
             _accumulate(into02[n], d_y, b_x, t)
             _accumulate(into1[n], b_d, h, t)
     return d_stack, d_q

@@ -84,8 +84,10 @@ def backward(
     target, upstream = without_ignored(target, upstream, ignore_index)
     if group is not None:
         target = target - group.start
-    gradients = Gradients(x, head, needs, torch.float32, x.dtype if group is None else torch.float32)
-    for rows, x_p, dz in _panels(x, head, upstream.live().nonzero()[:, 0], head.weight.dtype):
+    live, (upstream, scale) = upstream.live(), _within_range(upstream, head.weight.dtype)
+    once = group is None and scale is None  # a row of dx is final when its product is
+    gradients = Gradients(x, head, needs, torch.float32, x.dtype if once else None)
+    for rows, x_p, dz in _panels(x, head, live.nonzero()[:, 0], head.weight.dtype):
         for chunk, q in _chunks(x_p, head, dz):
             at = rows[chunk]
             g = upstream.at(at)
@@ -96,6 +98,7 @@ def backward(
                 row_entropy=None if group is None else g.row_entropy,
             )  # fmt: skip
         _add(gradients, dz, x_p, rows)
+    _scale_(gradients, scale)
     if group is not None and gradients.needs_x:
         group.sum_(gradients.x)
     return gradients
@@ -134,7 +137,7 @@ def loss_and_gradients(
             logprob[rows], entropy, *_ = forward(x[rows], head, target[rows], None, need_logprob=True, **ask)
         return (upstream.logprob * logprob).sum(), entropy, gradients
 
-    live = upstream.live()
+    live, (within, scale) = upstream.live(), _within_range(upstream, head.weight.dtype)
     logprob = torch.zeros_like(upstream.logprob)  # [N]
     entropy = torch.empty_like(logprob) if need_entropy else logprob.new_empty(0)
     for rows, x_p, dz in _panels(x, head, live.nonzero()[:, 0], head.weight.dtype):
@@ -144,21 +147,42 @@ def loss_and_gradients(
             at = rows[chunk]
             triton_rows.gradient(
                 q, dz[chunk], head,
-                target=target[at], g_logprob=upstream.logprob[at],
+                target=target[at], g_logprob=within.logprob[at],
                 logprob=logprob_p[chunk], entropy=None if entropy_p is None else entropy_p[chunk],
             )  # fmt: skip
         logprob[rows] = logprob_p
         if need_entropy:
             entropy[rows] = entropy_p
         _add(gradients, dz, x_p, rows)
-    if need_entropy and not (dead := ~live).logical_not().all():
-        entropy[dead] = forward(x[dead], head, None, None, need_logprob=False, **ask)[1]
+    _scale_(gradients, scale)
+    if need_entropy and not live.all():
+        entropy[~live] = forward(x[~live], head, None, None, need_logprob=False, **ask)[1]
     return (upstream.logprob * logprob).sum(), entropy, gradients
 
 
 def rows_of(nbytes: int, row_bytes: int) -> int:
     """How many rows of ``row_bytes`` a chunk or panel of about ``nbytes`` holds."""
     return max(nbytes // row_bytes // ROW_MULTIPLE, 1) * ROW_MULTIPLE
+
+
+def _within_range(upstream: Upstream, dtype: torch.dtype) -> tuple[Upstream, torch.Tensor | None]:
+    """Upstream gradients whose dz ``dtype`` can hold, and what the results must be multiplied by.
+
+    The gradient of a mean over 16384 rows is below what float16 has digits for, and a loss scale comes too late for
+    gradients that are taken in the forward pass: the largest upstream gradient is made one.
+    """
+    if dtype != torch.float16 or upstream.logprob.numel() == 0:
+        return upstream, None
+    there = [g for g in upstream[:3] if g is not None]
+    largest = torch.stack([g.abs().amax() for g in there]).amax()
+    scale = torch.where(largest > 0, largest, 1.0)  # one for nan, too
+    return Upstream(*(None if g is None else g / scale for g in upstream[:3]), upstream.row_entropy), scale
+
+
+def _scale_(gradients: Gradients, scale: torch.Tensor | None) -> None:
+    if scale is not None:
+        for gradient in (gradients.x, gradients.weight, gradients.bias):
+            gradient.mul_(scale)
 
 
 def _panels(

@@ -51,7 +51,10 @@ def linear_logprob(
     logit_softcap: float | None = None,
     backend: str | None = None,
 ) -> LinearLogprobOutput:
-    """The definition of ``refine_kernels.linear_logprob``; same arguments (``backend`` is not looked at)."""
+    """The definition of ``refine_kernels.linear_logprob``: same arguments for a whole weight.
+
+    ``backend`` is not looked at.
+    """
     z = _logits(x, weight, bias, logit_softcap)  # [..., V]
     token = draw(z.detach(), temperature, seed) if sample else None
     q = z / (temperature or 1.0)
@@ -79,7 +82,7 @@ def linear_cross_entropy(
     logit_softcap: float | None = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The definition of ``refine_kernels.linear_cross_entropy``; same arguments."""
+    """The definition of ``refine_kernels.linear_cross_entropy``: same arguments for a whole weight."""
     out = linear_logprob(
         x,
         weight,

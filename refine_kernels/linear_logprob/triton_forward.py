@@ -55,7 +55,7 @@ def choose_tile(N: int, dtype: torch.dtype, noise: bool, capability: str) -> Til
     registers of its own beside the logits: smaller tiles.
     """
     if dtype == torch.float32:  # no tensor cores at full precision
-        return Tile(16, 64, 32, 4, 2) if N <= 16 else Tile(64, 64, 32, 8, 2)
+        return Tile(16, 32, 32, 4, 2) if N <= 16 else Tile(64, 64, 32, 8, 2)
     amd = capability.startswith("gfx")  # 64 KB of shared memory
     large = capability in ("sm_90", "sm_100", "sm_103")  # 227 KB of it; sm_86, sm_89 and sm_120 have 99
     if N <= 16:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -12,7 +14,9 @@ from refine_kernels.linear_logprob import triton_forward, triton_rows
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 HEADS = ((2048, 32000), (4096, 131072), (60, 997))  # D, V; no vector load divides the last
 ROWS = (8, 64, 16384)  # decoding, a small batch of it, training
-CAPABILITIES = ("sm_80", "sm_90", "sm_100", "gfx942")
+CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Bytes: three registers beside the accumulator's way out of tensor memory, once a tile of 128 x 256 logits.
+SPILLS = {"sm_100": 16}
 # name -> the arguments of `forward_kernel` that are None
 ASKED = {
     "logprob": ("seed", "t", "best", "token"),
@@ -22,54 +26,64 @@ ASKED = {
 }
 
 
-def kernel_variants() -> Iterator[KernelVariant]:
-    """Every tile of every chip: each is compiled for the other chips too."""
+@dataclass(frozen=True)
+class ChipVariant(KernelVariant):
+    """A variant that is chosen on some chips only: another chip may lack the shared memory.
+
+    Attributes:
+        archs: names as ``python -m refine_kernels.inspect --arch`` takes them; empty for all.
+    """
+
+    archs: frozenset[str] = frozenset()
+
+
+def kernel_variants() -> Iterator[ChipVariant]:
+    """Every tile of `forward_kernel` for the chip that takes it; the other kernels for all chips."""
     for dtype in POINTERS:
         for D, V in HEADS if dtype == torch.bfloat16 else HEADS[:1]:
-            for asked, absent in ASKED.items():
-                tiles = {
-                    triton_forward.choose_tile(N, dtype, "seed" not in absent, capability)
-                    for N in ROWS
-                    for capability in CAPABILITIES
-                }
+            for chip, (asked, absent) in itertools.product(CHIPS, ASKED.items()):
+                tiles = {triton_forward.choose_tile(N, dtype, "seed" not in absent, chip) for N in ROWS}
                 for tile in sorted(tiles):
-                    yield _forward(dtype, D, asked, absent, tile)
+                    yield _forward(chip, dtype, D, asked, absent, tile)
             yield from _gradient(dtype, V)
     for splits in (1, 132):
         yield _combine(splits)
-    few = triton_forward.choose_tile(ROWS[0], torch.bfloat16, True, "sm_90")
-    yield _forward(torch.bfloat16, 2048, "draw of a capped head", (), few, softcap=True)
+    for chip in CHIPS:
+        few = triton_forward.choose_tile(ROWS[0], torch.bfloat16, True, chip)
+        yield _forward(chip, torch.bfloat16, 2048, "draw of a capped head", (), few, softcap=True)
 
 
 def _forward(
+    chip: str,
     dtype: torch.dtype,
     D: int,
     asked: str,
     absent: tuple[str, ...],
     tile: triton_forward.Tile,
     softcap: bool = False,
-) -> KernelVariant:
+) -> ChipVariant:
     """Without a bias unless the head is capped as well."""
     half = POINTERS[dtype]
     pointers = {"x": half, "w": half, "bias": "*fp32", "target": "*i64", "seed": "*i64", "m": "*fp32"}
     pointers |= {"s": "*fp32", "t": "*fp32", "q_y": "*fp32", "best": "*fp32", "token": "*i64"}
     scalars = dict.fromkeys(("N", "V", "first_column", "row_tiles", "tiles_per_split"), "i32")
     scalars |= {"inv_temperature": "fp32", "softcap": "fp32"}
-    absent = absent if softcap else (*absent, "bias")
     return _variant(
-        f"forward {asked} D{D} {dtype} {tile.rows}x{tile.columns}x{tile.depth}",
+        f"forward {asked} D{D} {dtype} {tile.rows}x{tile.columns}x{tile.depth} for {chip}",
         triton_forward.forward_kernel,
         pointers,
         scalars,
-        absent,
+        absent if softcap else (*absent, "bias"),
         {"D": D, "HAS_SOFTCAP": softcap, **tile.constants},
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         tensor_core=dtype != torch.float32,
+        spill_budget=SPILLS.get(chip, 0),
+        archs=frozenset([chip]),
     )
 
 
-def _gradient(dtype: torch.dtype, V: int) -> Iterator[KernelVariant]:
+def _gradient(dtype: torch.dtype, V: int) -> Iterator[ChipVariant]:
     statistics = ("g_logprob", "g_entropy", "g_lse", "lse", "row_entropy", "logprob", "entropy")
     pointers = {"q": "*fp32", "dz": POINTERS[dtype], "bias": "*fp32", "target": "*i64"}
     pointers |= dict.fromkeys(statistics, "*fp32")
@@ -87,7 +101,7 @@ def _gradient(dtype: torch.dtype, V: int) -> Iterator[KernelVariant]:
         )
 
 
-def _combine(splits: int) -> KernelVariant:
+def _combine(splits: int) -> ChipVariant:
     fields = ("m", "s", "t", "q_y", "best", "token")
     pointers = dict.fromkeys(
         (*fields, "m_out", "log_s_out", "e_out", "q_y_out", "best_out", "token_out"), "*fp32"
@@ -106,11 +120,11 @@ def _combine(splits: int) -> KernelVariant:
     )
 
 
-def _variant(name, kernel, pointers, scalars, absent, constants, **options) -> KernelVariant:
+def _variant(name, kernel, pointers, scalars, absent, constants, **options) -> ChipVariant:
     """Pointers of new tensors are multiples of 16 bytes; an argument that is None is a constant."""
     there = {key: kind for key, kind in pointers.items() if key not in absent}
     constants = {**dict.fromkeys(absent), **constants}
-    return KernelVariant(
+    return ChipVariant(
         name=f"linear_logprob.{name.replace('torch.', '')}",
         kernel=kernel,
         signature={**there, **scalars, **dict.fromkeys(constants, "constexpr")},

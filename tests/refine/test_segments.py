@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from refine import RefineConfig
+from refine import RefineConfig, refine_step
 from refine.method.relay import Relay
 from refine.method.segments import read_next_tokens, read_with_rollouts, segment_borders
 from refine.method.step import _shared_prefix, next_token_targets
@@ -87,6 +88,23 @@ def test_segments_give_the_gradient_of_one_pass(family, kind, length, dtype):
         assert_close(also.entropy, found.entropy, 1e-6, "entropy")
         assert_close(also.predicted, found.predicted.flatten(0, 2), 1e-6, "hidden states of the rollouts")
         assert_close(also.true, found.true.flatten(0, 1), 1e-6, "true hidden states")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_by_segments_is_the_step(family):
+    """Rewards, advantages, off-policy arguments: everything that a step returns, and its gradient."""
+    model = tiny_model(family, initializer_range=0.15)
+    torch.manual_seed(4)
+    ids, mask = ragged_batch(330, 290)
+    config = RefineConfig(num_chunks=4, num_rollouts=2, reward="hybrid")
+    drawn = {"attention_mask": mask, "seeds": torch.tensor([1, 2])}
+    whole = refine_step(model, ids, config, **drawn)
+    expected = gradients(model, whole.loss)
+    parts = refine_step(model, ids, dataclasses.replace(config, segment_length=96), **drawn)
+    for field in dataclasses.fields(whole):
+        assert_close(getattr(parts, field.name), getattr(whole, field.name), 1e-6, field.name)
+    for name, grad in gradients(model, parts.loss).items():
+        assert_close(grad, expected[name], 1e-10, name)
 
 
 def test_segments_work_with_gradient_checkpointing_and_autocast():

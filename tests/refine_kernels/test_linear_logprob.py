@@ -83,6 +83,33 @@ def test_as_exact_as_materialised_logits(N, D, V, std, shift, dtype):
     assert (results[1] >= 0).all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("V", [1, 7, 1000, 32000, 50257, 128256])
+@pytest.mark.parametrize("D", [60, 256, 1536, 2048])
+@pytest.mark.parametrize("N", [1, 5, 1000])
+@pytest.mark.parametrize("std", [3.0, 15.0])
+def test_whole_grid(N, D, V, std):
+    """As above around +100 in float32, against the same path in float64 (which is the definition's to 1e-12)."""
+    if N * D * V > 1000 * 256 * 32000:
+        pytest.skip("float64 products of minutes")
+    x, weight, bias, target = make_head(N, D, V, std, 100.0)
+    for ignored in (False, True):
+        if ignored:
+            target[:] = IGNORE
+        upstream = [torch.randn(N) for _ in range(3)]
+        inputs = (x, weight, bias)
+        truths = with_gradients(linear_logprob, as_float64(*inputs), target, upstream)
+        plains = with_gradients(reference.linear_logprob, inputs, target, upstream)
+        results = with_gradients(linear_logprob, inputs, target, upstream)
+        for name, value, plain, truth in zip(QUANTITIES, results, plains, truths):
+            floor = 1e-7 * max(1.0, truth.norm().item())
+            if N == 1 and name in ("logprob", "entropy", "lse"):
+                floor += 4e-6  # half a last place of a logit near 100: one rounding decides
+            error, allowed = (value.double() - truth).norm(), 1.5 * (plain.double() - truth).norm() + floor
+            assert error <= allowed, f"{name}: {error:.2e} against {allowed:.2e}"
+        assert (results[1] >= 0).all()
+
+
 @pytest.mark.parametrize("V", [1, 7, 1000])
 @pytest.mark.parametrize(("std", "shift"), [(3.0, 0.0), (15.0, 100.0), (1e-3, -1e4)])
 def test_entropy_of_given_logits(V, std, shift):

@@ -1,0 +1,179 @@
+"""The README's results section and pictures, drawn from ``benchmarks/results/`` and from nothing else.
+
+``python -m benchmarks.report`` writes what stands between the two markers of README.md, and the pictures in
+``docs/``; ``--check`` writes nothing and says whether the README is up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks import cost_model
+from benchmarks.results import read
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN = "<!-- begin: written by python -m benchmarks.report -->"
+END = "<!-- end: written by python -m benchmarks.report -->"
+WAYS = ("sft", "shared_prefix", "per_prefix")
+NAMES = {"delta_net": "DeltaNet", "gated_deltanet": "Gated DeltaNet", "lact": "LaCT"}
+
+
+def newest(kind: str, device: str) -> dict[str, tuple[str, dict]]:
+    """The last file of a kind, by the name it carries."""
+    return {contents.get("name", "delta_net"): (path, contents) for path, contents in read(kind, device)}
+
+
+def section() -> str:
+    """Everything between the markers."""
+    parts = [
+        "*Measured on a CPU* (times are ratios of neighbours in one run; the machine is named below each table).",
+        "",
+    ]
+    for name, (path, contents) in newest("step_cost", "cpu").items():
+        parts += [_step(name, path, contents), ""]
+    if Path(ROOT / "docs" / "step_cost.png").exists():
+        parts += ["![time of a REFINE step over an SFT step, against T, c and k](docs/step_cost.png)", ""]
+    for path, contents in list(newest("ratios", "cpu").values())[-1:]:
+        parts += [_ratios(path, contents), ""]
+    parts += ["*Measured on a GPU.* " + _gpu(), ""]
+    parts += [
+        "*Counted, on no machine* (`python -m benchmarks.cost_model`; `--memory` counts what a forward keeps).",
+        "",
+        cost_model.tables(),
+        cost_model.memory_table(),
+    ]
+    return "\n".join(parts)
+
+
+def _where(path: str, contents: dict) -> str:
+    about, versions = contents["machine"], contents["versions"]
+    gpu = f"{about['gpu']}, " if "gpu" in about else ""
+    return (
+        f"{contents['date']}, {gpu}{about['threads']} threads of {about['processor']} "
+        f"(load {about['load_before']:.1f} before the run), torch {versions['torch']} ([file]({path}))."
+    )
+
+
+def _step(name: str, path: str, contents: dict) -> str:
+    table = contents["table"]
+    by_tokens = {row["tokens"]: row for row in table["tokens"]}
+    at = by_tokens[8192]
+    model = contents.get("model", "DeltaNet, hidden 256, 4 layers, 4 heads of 64")
+    lines = [
+        f"**{model}**, vocabulary 4,096, float32, batch 1; forward and backward, time over that of an SFT step, "
+        f"medians of {at['pairs']} pairs (quartiles).",
+        "",
+    ]
+    for key, symbol, rest in (
+        ("tokens", "T", "c = 8, k = 5"),
+        ("chunks", "c", "T = 8,192, k = 5"),
+        ("length", "k", "T = 8,192, c = 8"),
+    ):
+        lines.append(f"| {symbol} ({rest}) | " + " | ".join(f"{row[key]:,}" for row in table[key]) + " |")
+        lines.append("|---" * (len(table[key]) + 1) + "|")
+        cells = (f"{r['ratio']:.2f} ({r['ratio_low']:.2f}-{r['ratio_high']:.2f})" for r in table[key])
+        lines += ["| REFINE / SFT | " + " | ".join(cells) + " |", ""]
+    memory = table["memory_mb"]
+    lines += [
+        "| T = 8,192, c = 8, k = 5 | SFT | REFINE, shared prefix | the paper's way |",
+        "|---|---|---|---|",
+        f"| time / SFT | 1 | {at['ratio']:.2f} | {table['per_prefix']['ratio']:.1f} |",
+        "| peak memory of the step, MB | " + " | ".join(f"{memory[w]:.0f}" for w in WAYS) + " |",
+        "",
+    ]
+    if "uncached_generation" in table:
+        extra = table["uncached_generation"]["ratio"]
+        lines += [
+            "The paper's way samples each of the c k tokens by reading the whole prefix again, as the public code "
+            f"has no state to go on from: {extra:.1f} SFT steps more, measured; the "
+            f"{table['per_prefix']['ratio']:.1f} above sample with our cache.",
+            "",
+        ]
+    return "\n".join([*lines, _where(path, contents)])
+
+
+def _ratios(path: str, contents: dict) -> str:
+    lines = ["| `pytest benchmarks/ --benchmark-only`: what | against | ratio | |", "|---|---|---|---|"]
+    for row in contents["table"]:
+        lines.append(f"| {row['what']} | {row['against']} | {row['ratio']:.2f} | {row['goal']} |")
+    return "\n".join([*lines, "", _where(path, contents)])
+
+
+def _gpu() -> str:
+    found = newest("gpu", "cuda")
+    if not found:
+        return (
+            "There is no measurement on a GPU yet: the Triton kernels have been run by Triton's interpreter and "
+            "compiled for sm_80, sm_90, sm_100 and gfx942 (`python -m refine_kernels.inspect`), not timed."
+        )
+    path, contents = list(found.values())[-1]
+    lines = [_where(path, contents), "", "| part | what | value |", "|---|---|---|"]
+    for part, rows in contents["table"].items():
+        lines += [f"| {part} | {row['what']} | {row['value']} |" for row in rows]
+    return "\n".join(lines)
+
+
+def draw() -> None:
+    """``docs/step_cost.png``: the ratio to SFT against T, c and k, and time and memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), sharey=True)
+    for name, (_, contents) in newest("step_cost", "cpu").items():
+        for axis, (key, label) in zip(
+            axes,
+            (
+                ("tokens", "T, tokens (c = 8, k = 5)"),
+                ("chunks", "c, positions"),
+                ("length", "k, tokens of a rollout"),
+            ),
+        ):
+            rows = contents["table"][key]
+            x = [row[key] for row in rows]
+            axis.plot(x, [row["ratio"] for row in rows], "o-", ms=4, label=NAMES[name])
+            axis.fill_between(x, [r["ratio_low"] for r in rows], [r["ratio_high"] for r in rows], alpha=0.15)
+            axis.set_xlabel(label)
+            if key != "length":
+                axis.set_xscale("log", base=2)
+            axis.grid(alpha=0.3)
+    axes[0].set_ylabel("time of a REFINE step / SFT step")
+    axes[0].set_ylim(bottom=0.95)
+    axes[0].legend(frameon=False)
+    figure.tight_layout()
+    (ROOT / "docs").mkdir(exist_ok=True)
+    figure.savefig(ROOT / "docs" / "step_cost.png", dpi=130)
+    plt.close(figure)
+
+
+def renewed(readme: str) -> str:
+    """The README with a fresh section.
+
+    Raises:
+        ValueError: the markers are missing or in the wrong order.
+    """
+    begin, end = readme.find(BEGIN), readme.find(END)
+    if begin < 0 or end < begin:
+        raise ValueError(f"README.md must hold the lines {BEGIN!r} and {END!r}, in this order")
+    return readme[: begin + len(BEGIN)] + "\n" + section() + "\n" + readme[end:]
+
+
+def main() -> int:
+    """Write the section and the pictures; with ``--check`` only compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit with 1 where the README is not up to date")
+    options = parser.parse_args()
+    path = ROOT / "README.md"
+    readme = path.read_text(encoding="utf-8")
+    if options.check:
+        return int(renewed(readme) != readme)
+    draw()
+    path.write_text(renewed(path.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
