@@ -24,10 +24,12 @@ from transformers import get_scheduler
 from transformers.utils.logging import disable_progress_bar
 
 from refine.evaluation.held_out import evaluate_held_out
+from refine.method.segments import read_next_tokens
 from refine.method.step import RefineStepOutput, next_token_targets, refine_step
 from refine.models.head import NextTokenLoss
 from refine.training import checkpoint
 from refine.training.data import Batch, DataError, held_out_stream, training_stream
+from refine.training.parallel import World, accumulating, clip_gradients, join_world, wrap
 from refine.training.parts import choose_device, data_config, load_parts
 from refine.training.plots import draw_plots
 from refine.training.settings import SettingsError, TrainSettings, parse_settings, to_yaml
@@ -64,15 +66,33 @@ def train(settings: TrainSettings) -> Path:
             the model or a checkpoint is wrong; raised before any training, with existing files untouched.
         TrainingStopped: too many non-finite updates in a row.
     """
-    started = time.time()
-    output_dir = Path(settings.output_dir)
-    resume = _check_output_dir(settings, output_dir)
     check_reporters(settings.report_to)
-    device = choose_device(settings)
-    model, tokenizer = load_parts(settings, resume[0] if resume else None)
+    try:
+        world = join_world(settings.parallel, choose_device(settings))
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    try:
+        return _train(settings, world)
+    finally:
+        world.close()
+
+
+def _train(settings: TrainSettings, world: World) -> Path:
+    """The run of one process; the main one writes files and speaks."""
+    started = time.time()
+    say = print if world.is_main else _say_nothing
+    output_dir, device = Path(settings.output_dir), world.device
+    resume = _check_output_dir(settings, output_dir) if world.is_main else None
+    folder = world.from_main(resume[0] if resume else None)
+    if folder is not None and resume is None:
+        resume = folder, checkpoint.load_training_state(folder)
+    model, tokenizer = load_parts(settings, folder)
     model.to(device)
-    data = data_config(settings)
-    stream = training_stream(data, tokenizer)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = wrap(model, world, torch.bfloat16 if settings.bf16 else None)
+    data, (rank, readers) = data_config(settings), world.readers
+    stream = training_stream(data, tokenizer, rank=rank, world_size=readers)
     held_out_text = held_out_stream(data, tokenizer) if settings.eval_samples else None
     held_out = list(islice(held_out_text.batches(1), settings.eval_samples)) if held_out_text else []
 
@@ -83,21 +103,25 @@ def train(settings: TrainSettings) -> Path:
     counters = {"step": 0, "tokens": 0, "skipped": 0}
     if resume:
         state = resume[1]
-        optimizer.load_state_dict(state["optimizer"])
+        checkpoint.restore_optimizer(*resume, model, optimizer)
         schedule.load_state_dict(state["schedule"])
         stream.load_state_dict(state["data"])
         counters |= state["counters"]
         checkpoint.set_random_state(state["random"])
-        print(f"going on from {resume[0]}, after update {counters['step']}")
-    elif settings.overwrite_output_dir:
+        say(f"going on from {resume[0]}, after update {counters['step']}")
+    elif settings.overwrite_output_dir and world.is_main:
         _clear(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
-    tracker = Tracker(
-        output_dir, settings.report_to, settings.run_name, dataclasses.asdict(settings), counters["step"]
-    )
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    tracker = None
+    if world.is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
+        tracker = Tracker(
+            output_dir, settings.report_to, settings.run_name, dataclasses.asdict(settings), counters["step"]
+        )
+
+    def log(step: int, metrics: dict[str, float]) -> None:
+        if tracker is not None:
+            tracker.log(step, metrics)
 
     def evaluate() -> dict[str, float]:
         with _precision(settings, device):
@@ -105,22 +129,22 @@ def train(settings: TrainSettings) -> Path:
 
     def save() -> None:
         state = {
-            "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
             "data": stream.state_dict(),
             "counters": counters,
         }
         began = time.time()
         folder = checkpoint.save_checkpoint(
-            output_dir, counters["step"], model, tokenizer, state, settings.save_total_limit
+            output_dir, counters["step"], model, optimizer, tokenizer, state, settings.save_total_limit, world
         )
-        size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-        tqdm.write(f"saved {folder} ({size:.0f} MB, {time.time() - began:.1f} s)")
+        if world.is_main:
+            size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+            tqdm.write(f"saved {folder} ({size:.0f} MB, {time.time() - began:.1f} s)")
 
     before = None
     if held_out and not resume:
         before = evaluate()
-        tracker.log(0, before)
+        log(0, before)
     batches = stream.batches(settings.per_device_train_batch_size)
     model.train()
     with (
@@ -130,11 +154,11 @@ def train(settings: TrainSettings) -> Path:
             initial=counters["step"],
             desc=settings.phase,
             unit="update",
-            disable=None,
+            disable=None if world.is_main else True,
         ) as bar,
     ):
         skipped_in_a_row = 0
-        while counters["step"] < settings.max_steps and not stop:
+        while counters["step"] < settings.max_steps and not world.any(bool(stop)):
             updates = min(settings.num_mini_batches, settings.max_steps - counters["step"])
             saved_before = counters["step"] // settings.save_steps if settings.save_steps else 0
             mini_batches = [
@@ -145,7 +169,9 @@ def train(settings: TrainSettings) -> Path:
                 mini_batches, _draw(model, mini_batches, settings, counters["step"])
             ):
                 began = time.time()
-                metrics, last = _update(model, mini_batch, draws, optimizer, settings, counters["step"])
+                metrics, last = _update(
+                    model, mini_batch, draws, optimizer, settings, counters["step"], world
+                )
                 counters["step"] += 1
                 step = counters["step"]
                 schedule.step()
@@ -159,9 +185,10 @@ def train(settings: TrainSettings) -> Path:
                     "skipped_updates": counters["skipped"],
                 }
                 if step % settings.logging_steps == 0 or step == settings.max_steps:
-                    tracker.log(step, metrics)
+                    log(step, metrics)
                 _show(bar, metrics, counters)
-                if last is not None and settings.sample_steps and step % settings.sample_steps == 0:
+                sampling = world.is_main and settings.sample_steps and step % settings.sample_steps == 0
+                if last is not None and sampling:
                     write_samples(output_dir / "samples", step, mini_batch[-1].input_ids, last, tokenizer)
                 if skipped_in_a_row >= settings.max_skipped_updates:
                     raise TrainingStopped(
@@ -173,25 +200,26 @@ def train(settings: TrainSettings) -> Path:
                     and settings.eval_steps
                     and step % settings.eval_steps == 0 < settings.max_steps - step
                 ):
-                    tracker.log(step, evaluate())
+                    log(step, evaluate())
             if settings.save_steps and counters["step"] // settings.save_steps > saved_before:
                 save()
-    if stop and counters["step"] < settings.max_steps:
+    if counters["step"] < settings.max_steps:
         save()
-        tracker.close()
-        print(
-            f"stopped by {stop[0]} after update {counters['step']}; go on with --resume_from_checkpoint auto"
-        )
+        if tracker is not None:
+            tracker.close()
+        by = stop[0] if stop else "a signal to another process"
+        say(f"stopped by {by} after update {counters['step']}; go on with --resume_from_checkpoint auto")
         return output_dir
 
     after = None
     if held_out:
         after = evaluate()
-        tracker.log(counters["step"], after)
-    tracker.close()
-    checkpoint.save_folder(output_dir / "final", model, tokenizer)
-    plots = draw_plots(output_dir)
-    _report(output_dir, before, after, counters, stream, plots, time.time() - started)
+        log(counters["step"], after)
+    checkpoint.save_folder(output_dir / "final", model, tokenizer, world=world)
+    if tracker is not None:
+        tracker.close()
+        plots = draw_plots(output_dir)
+        _report(output_dir, before, after, counters, stream, plots, time.time() - started)
     return output_dir / "final"
 
 
@@ -236,6 +264,10 @@ def _draw(
         )
 
 
+def _say_nothing(*_) -> None:
+    """What processes other than the main one have to say."""
+
+
 def _refine(model, batch: Batch, settings: TrainSettings, step: int, **given) -> RefineStepOutput:
     seeds = mix_seeds(settings.seed, step, batch.keys)
     return refine_step(
@@ -244,7 +276,13 @@ def _refine(model, batch: Batch, settings: TrainSettings, step: int, **given) ->
 
 
 def _update(
-    model, mini_batch: list[Batch], draws: list[RefineStepOutput | None], optimizer, settings, step: int
+    model,
+    mini_batch: list[Batch],
+    draws: list[RefineStepOutput | None],
+    optimizer,
+    settings: TrainSettings,
+    step: int,
+    world: World,
 ) -> tuple[dict[str, float], RefineStepOutput | None]:
     """One optimizer update over a mini-batch, unless its loss or gradient is not finite."""
     device = next(model.parameters()).device
@@ -252,17 +290,14 @@ def _update(
     sums: dict[str, torch.Tensor] = {}
     output = None
     for batch, draw in zip(mini_batch, draws):
-        with _precision(settings, device):
+        with accumulating(model, last=batch is mini_batch[-1]), _precision(settings, device):
             if settings.phase == "sft":
-                head = NextTokenLoss(
-                    *next_token_targets(batch.input_ids, batch.attention_mask.sum(1)), entropy=False
-                )
-                loss = model(batch.input_ids, use_cache=False, head=head).loss
+                loss = _next_token_loss(model, batch, settings, world)
                 found = {"loss": loss, "ntp_loss": loss}
             else:
-                given = {}
+                given = {"relay": world.relay}
                 if draw is not None:
-                    given = {
+                    given |= {
                         "positions": draw.positions,
                         "rollouts": draw.rollouts,
                         "old_logprobs": draw.logprobs,
@@ -281,16 +316,29 @@ def _update(
                     "entropy": output.entropy[batch.attention_mask.bool()].mean(),
                     "clip_fraction": output.clip_fraction,
                 }
-        (loss / len(mini_batch)).backward()
+        with accumulating(model, last=batch is mini_batch[-1]):
+            (loss / len(mini_batch)).backward()
         for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + value.detach() / len(mini_batch)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-    metrics = {name: value.item() for name, value in sums.items()} | {"grad_norm": norm.item()}
+    if world.relay is not None:
+        world.relay.sum_gradients(model)
+    metrics = world.mean({name: value.item() for name, value in sums.items()})
+    metrics["grad_norm"] = clip_gradients(model, settings.max_grad_norm)
     finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
     if finite:
         optimizer.step()
     tokens = sum(int(batch.attention_mask.sum()) for batch in mini_batch)
+    tokens = tokens if world.relay is not None else world.total(tokens)
     return metrics | {"tokens": tokens, "skipped": int(not finite)}, output
+
+
+def _next_token_loss(model, batch: Batch, settings: TrainSettings, world: World) -> torch.Tensor:
+    """The SFT loss of a batch, in one pass or by segments."""
+    targets = next_token_targets(batch.input_ids, batch.attention_mask.sum(1))
+    if settings.segment_length is None:
+        return model(batch.input_ids, use_cache=False, head=NextTokenLoss(*targets, entropy=False)).loss
+    length = settings.segment_length
+    return read_next_tokens(model, batch.input_ids, *targets, length, world.relay).ntp_loss
 
 
 def _optimizer(model, settings: TrainSettings) -> torch.optim.AdamW:

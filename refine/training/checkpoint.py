@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+
+from refine.training.optimizer_state import load_state_by_name, read_shards, shard_path, state_by_name
+from refine.training.parallel import World, full_weights, unwrap
 
 TRAINING_STATE = "training_state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -25,42 +29,84 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(
-    output_dir: Path, step: int, model, tokenizer, state: dict[str, Any], keep: int | None
+    output_dir: Path,
+    step: int,
+    model,
+    optimizer,
+    tokenizer,
+    state: dict[str, Any],
+    keep: int | None,
+    world: World = World(),  # noqa: B008
 ) -> Path:
-    """Write ``output_dir/checkpoint-{step}`` and remove the oldest beyond ``keep``."""
+    """Write ``output_dir/checkpoint-{step}`` and remove the oldest beyond ``keep``. Every process calls it."""
     final = output_dir / f"checkpoint-{step}"
-    save_folder(final, model, tokenizer, state)
-    if keep is not None:
+    save_folder(final, model, tokenizer, state, optimizer, world)
+    if keep is not None and world.is_main:
         for old in list_checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def save_folder(final: Path, model, tokenizer, state: dict[str, Any] | None = None) -> None:
+def save_folder(
+    final: Path,
+    model,
+    tokenizer,
+    state: dict[str, Any] | None = None,
+    optimizer=None,
+    world: World = World(),  # noqa: B008
+) -> None:
     """Weights, configuration and tokenizer in Hugging Face layout, and the training state if there is one.
+
+    Under FSDP2 the weights are gathered on the main process and the optimizer's state is written by shards.
 
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written.
     """
     partial = final.with_name(final.name + ".partial")
+    bare, sharded = unwrap(model), world.mode == "fsdp2"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        if state is not None:
-            torch.save(state | {"random": random_state()}, partial / TRAINING_STATE)
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
+        weights = full_weights(model) if sharded else None
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        world.wait()
+        if sharded and optimizer is not None:
+            shards = state_by_name(bare, optimizer)
+            torch.save(shards, shard_path(partial, world.rank, world.size))
+        if world.is_main:
+            bare.save_pretrained(partial, state_dict=weights)
+            tokenizer.save_pretrained(partial)
+            if state is not None:
+                whole = {} if sharded else {"optimizer": state_by_name(bare, optimizer)}
+                torch.save(state | whole | {"random": random_state()}, partial / TRAINING_STATE)
+        world.wait()
+        if world.is_main:
+            for path in partial.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+        world.wait()
     except (OSError, RuntimeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"{final} could not be written ({error}); earlier checkpoints are intact"
         ) from error
+
+
+def restore_optimizer(folder: Path, state: dict[str, Any], model, optimizer) -> None:
+    """Put the optimizer's state back, however many processes wrote it.
+
+    Raises:
+        CheckpointError: a part of it is missing or cannot be read.
+    """
+    try:
+        saved = state["optimizer"] if "optimizer" in state else read_shards(folder)
+    except Exception as error:  # a torn file fails in many ways; each means the same to the user
+        raise CheckpointError(f"the optimizer's state in {folder} cannot be read: {error}") from error
+    load_state_by_name(unwrap(model), optimizer, saved)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -70,18 +116,28 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:
-    """The training state of one checkpoint.
+    """The training state of one checkpoint, whose weights and optimizer state are there and whole.
 
     Raises:
-        CheckpointError: it has none, or it cannot be read.
+        CheckpointError: it has none, or something of it cannot be read.
     """
     path = folder / TRAINING_STATE
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {TRAINING_STATE}: it can be used as a model, not resumed")
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        if "optimizer" not in state:
+            path = folder
+            read_shards(folder)
+        weights = sorted(folder.glob("*.safetensors"))
+        if not weights:
+            raise FileNotFoundError(f"{folder} has no weights")
+        for path in weights:  # a file cut short does not agree with its header
+            with safe_open(path, framework="pt"):
+                pass
     except Exception as error:  # a torn file fails in many ways; each means the same to the user
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return state
 
 
 def find_resume(output_dir: Path, wanted: str) -> tuple[Path, dict[str, Any]] | None:

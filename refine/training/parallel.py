@@ -1,7 +1,8 @@
 """Many devices: PyTorch's own DDP and FSDP2, put around a model from outside.
 
-Knows processes, sharding and which dtype travels; knows nothing of the method. A step calls the wrapped model
-like a bare one: all its passes go through ``forward``, and every process makes the same number of them.
+Knows processes, sharding and which dtype travels; of the method only that a document may be shared. A step calls
+the wrapped model like a bare one: all its passes go through ``forward``, and every process makes the same number
+of them.
 
 What stays in float32 with bf16 parameters under FSDP2: gradients on the wire, the optimizer's copy of the
 parameters, norms' statistics, log-probs, rewards and fast-weight states. States are inputs of later calls, and
@@ -11,6 +12,7 @@ activations have the parameters' dtype from the embeddings on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from dataclasses import dataclass
@@ -21,7 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-MODES = ("none", "ddp", "fsdp2")
+from refine.method.relay import Relay
+
+MODES = ("none", "ddp", "fsdp2", "context")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,24 @@ class World:
         """Whether it holds in one process at least: all then do the same."""
         return self.total(int(value)) > 0
 
+    def from_main(self, value: Any) -> Any:
+        """What the main process holds, in every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
+
+    @property
+    def readers(self) -> tuple[int, int]:
+        """(rank, world size) for the data: processes that share documents read the same."""
+        return (0, 1) if self.mode == "context" else (self.rank, self.size)
+
+    @property
+    def relay(self) -> Relay | None:
+        """How this process hands a document on, where processes share documents."""
+        return Relay(self.rank, self.size) if self.mode == "context" and self.size > 1 else None
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:
@@ -73,11 +95,11 @@ def join_world(mode: str, device: torch.device) -> World:
     """Join the processes that ``torchrun`` has started: gloo on CPUs, nccl on GPUs.
 
     Args:
-        mode: ``none``, ``ddp`` or ``fsdp2``.
+        mode: ``none``, ``ddp``, ``fsdp2``, or ``context``: one document over all processes.
         device: what this process would use alone; with several on GPUs each takes that of its local rank.
 
     Raises:
-        ValueError: several processes with ``none``, or ``ddp``/``fsdp2`` outside ``torchrun``.
+        ValueError: several processes with ``none``, or another mode outside ``torchrun``.
     """
     if mode not in MODES:
         raise ValueError(f"parallel must be one of {', '.join(MODES)}, got {mode!r}")
@@ -130,6 +152,15 @@ def wrap(model: nn.Module, world: World, param_dtype: torch.dtype | None = None)
     return model
 
 
+def accumulating(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    """Around forward and backward of one micro-batch: gradients are reduced with the last one alone."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext() if last else model.no_sync()
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
+    return contextlib.nullcontext()
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DDP (FSDP2 changes the model in place): for its configuration and for saving only."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -147,19 +178,3 @@ def full_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(unwrap(model), options=options) or None
-
-
-def sharded_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state by parameter name, sharded as the parameters are."""
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    return get_optimizer_state_dict(unwrap(model), optimizer)
-
-
-def load_sharded_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> None:
-    """Put back what :func:`sharded_optimizer_state` gave, whatever the number of processes was."""
-    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
-
-    set_optimizer_state_dict(unwrap(model), optimizer, state)

@@ -21,6 +21,7 @@ from refine.method.config import RefineConfig
 
 PHASES = ("mid", "sft")
 REPORTERS = ("tensorboard", "wandb")
+PARALLEL = ("none", "ddp", "fsdp2", "context")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 DEFAULT_JOB = "default.yaml"
 TINY_MODELS = "tiny_models.yaml"
@@ -102,6 +103,10 @@ class TrainSettings(RefineConfig):
         default=5, metadata={"help": "stop after so many non-finite losses or gradients in a row"}
     )
     bf16: bool = field(default=False, metadata={"help": "autocast to bfloat16; parameters stay float32"})
+    parallel: str = field(
+        default="none",
+        metadata={"help": ", ".join(PARALLEL) + " (under torchrun); context: processes share each document"},
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute blocks in the backward"})
 
     logging_steps: int = field(default=1, metadata={"help": "updates between two lines of metrics.jsonl"})
@@ -122,7 +127,11 @@ class TrainSettings(RefineConfig):
             super().__post_init__()
         except ValueError as error:
             raise SettingsError(str(error)) from error
-        for name, allowed in (("phase", PHASES), ("lr_scheduler_type", SCHEDULES)):
+        for name, allowed in (
+            ("phase", PHASES),
+            ("lr_scheduler_type", SCHEDULES),
+            ("parallel", PARALLEL),
+        ):
             if getattr(self, name) not in allowed:
                 raise SettingsError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
@@ -180,6 +189,8 @@ class TrainSettings(RefineConfig):
                 f"max_length must be at least min_length={self.min_length} (num_chunks={self.num_chunks}, "
                 f"rollout_length={self.rollout_length}), got {self.max_length}"
             )
+        if self.parallel == "context" and self.segment_length is None:
+            raise SettingsError("parallel context shares documents by segments: set segment_length")
         if self.phase == "sft" and self.num_mini_batches > 1:
             raise SettingsError("num_mini_batches is about rollouts: it must be 1 with phase sft")
 

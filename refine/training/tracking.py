@@ -33,7 +33,9 @@ class Tracker:
     ):
         self.path = output_dir / "metrics.jsonl"
         kept = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= step]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        whole = self.path.with_name(self.path.name + ".partial")  # a crash here must not lose a line
+        whole.write_text("".join(kept), encoding="utf-8")
+        whole.replace(self.path)
         self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard = self._wandb = None
         if "tensorboard" in report_to:

@@ -688,8 +688,6 @@ def gradient_kernel(
     i_place = _place(cu_seqlens, i_n, begin, T, BT)
     first = (i_group - _place(cu_seqlens, i_n, begin, T, GROUP * BT)).to(tl.int32) * GROUP
     chunks = tl.minimum(tl.cdiv(length, BT), first + GROUP)
-    if first >= chunks:
-        return
 
     o_i = tl.arange(0, BT)
     o_x = o_i * H
@@ -728,7 +726,7 @@ def gradient_kernel(
         b_ut = tl.zeros((BV, BT), tl.float32)
         b_uh = b_ut.to(dtype)
         m_v = o_v < V
-        through = 0.0
+        through = tl.zeros((1,), tl.float32)
         if GROUP > 1:
             b_h = b_s.to(dtype)
         for i_v in range(NV):
@@ -752,11 +750,13 @@ def gradient_kernel(
                 b_ds = tl.load(p_ds + o_s + i_v * BV, mask=m_k[:, None] & m_v[None, :], other=0)
                 b_dkt = tl.dot(b_ds, b_uh, b_dkt, input_precision=PRECISION)
                 if g is not None:
-                    through += tl.sum(tl.trans(b_ds).to(tl.float32) * b_h.to(tl.float32))
+                    through += tl.sum(
+                        tl.sum(tl.trans(b_ds).to(tl.float32) * b_h.to(tl.float32), 1, keep_dims=True), 0
+                    )
         if GROUP > 1:
             if g is not None:
                 b_ds = tl.load(p_ds + o_st, mask=m_v[:, None] & m_k[None, :], other=0)
-                through = tl.sum(b_ds.to(tl.float32) * b_s)
+                through = tl.sum(tl.sum(b_ds.to(tl.float32) * b_s, 1, keep_dims=True), 0)
                 b_s *= tl.exp(high)
             b_w = ((b_nk * b_to)[None, :] * b_ut).to(dtype)
             b_s = tl.dot(b_w, b_k, b_s, input_precision=PRECISION)
@@ -813,8 +813,8 @@ def gradient_kernel(
         b_dkt *= b_to[None, :]
         if g is not None:
             b_written = tl.sum(b_dkt * tl.trans(b_k).to(tl.float32), 0) * b_nk
-            through = through * tl.exp(high) + tl.sum(b_written, 0)
-            b_dg -= b_written
+            # written by a token: the decays of all later ones of the chunk keep it
+            b_kept = through * tl.exp(high) + (tl.cumsum(b_written, 0) - b_written)
         b_w = (b_da * b_nk[:, None]).to(dtype)
         b_dkt = tl.dot(tl.trans(b_k), b_w, b_dkt, input_precision=PRECISION)
         b_w = (b_dp * (b_nq * scale)[:, None]).to(dtype)
@@ -831,7 +831,7 @@ def gradient_kernel(
         b_dx *= -(b_from * b_beta)[:, None]
         if g is not None:
             b_dg += tl.sum(b_dx * b_k.to(tl.float32), 1) * b_nk
-            b_dg = tl.cumsum(b_dg, 0, reverse=True) + through
+            b_dg = tl.cumsum(b_dg, 0, reverse=True) + b_kept
             tl.store(dg + i_x + o_x, b_dg.to(dg.dtype.element_ty), mask=m_t)
         b_dx += tl.dot(b_wk, b_k, input_precision=PRECISION)
         b_dx += tl.trans(b_dkt)

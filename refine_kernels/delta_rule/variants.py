@@ -15,6 +15,11 @@ from refine_kernels.kernel_variant import KernelVariant
 HEAD_SIZES = ((128, 128), (64, 64), (128, 256), (256, 256), (60, 100))
 DTYPES = {(128, 128): (torch.bfloat16, torch.float16, torch.float32)}  # bfloat16 alone elsewhere
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+# Bytes that may spill on any NVIDIA chip, about what it is today; none at K = V = 128 in bfloat16 without decay on
+# sm_90 but for the gradient kernel (README.md).
+SPILL_BUDGET = {"inverse": 0, "scan": 3072, "rescan": 3072, "reverse": 2048, "gradient": 8192}
+FLOAT32_SPILL_BUDGET = 65_536  # products of float32 in full are sums over registers
+
 OPTIONAL = {  # what a kernel does without, by purpose
     "inverse": {"plain": ("g",), "gated": ()},
     "scan": {
@@ -95,5 +100,6 @@ def _variant(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         divisible_by_16=frozenset(n for n, kind in signature.items() if kind.startswith("*")),
+        spill_budget=FLOAT32_SPILL_BUDGET if dtype == torch.float32 else SPILL_BUDGET[kernel],
         tensor_core=dtype != torch.float32,
     )

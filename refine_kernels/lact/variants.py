@@ -20,9 +20,9 @@ CHUNKS = (2048, 5)  # tokens of a chunk at hand: training, decoding
 
 
 def kernel_variants() -> Iterator[KernelVariant]:
-    """Every kernel for every dtype of tokens at the first widths, for two dtypes at the others."""
+    """Every kernel for every dtype of tokens at the first widths, for bfloat16 tokens at the others."""
     for widths in WIDTHS:
-        for dtype in POINTERS if widths == WIDTHS[0] else (torch.bfloat16, torch.float32):
+        for dtype in POINTERS if widths == WIDTHS[0] else (torch.bfloat16,):
             for tokens in CHUNKS:
                 yield from _hidden_variants(widths, dtype, tokens)
                 yield from _output_variants(widths, dtype, tokens)

@@ -12,6 +12,8 @@ its rows of x and dx, dW 262 MB, dx (dense only) 134 MB.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from refine_kernels.linear_logprob import triton_forward, triton_rows
@@ -190,7 +192,7 @@ def _panels(
     head: Head,
     rows: torch.Tensor,  # [n] ascending
     dtype: torch.dtype,
-):
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """For each panel its rows [P], their x [P, D], and room for dz [P, V]."""
     V = head.weight.shape[0]
     nbytes = max(PANEL_BYTES, head.weight.numel())
@@ -206,7 +208,7 @@ def _chunks(
     x: torch.Tensor,  # [P, D]
     head: Head,
     dz: torch.Tensor,  # [P, V]
-):
+) -> Iterator[tuple[slice, torch.Tensor]]:
     """For each chunk of a panel its place and its logits [R, V], float32: in dz itself where that is float32."""
     P, V = dz.shape
     R = min(rows_of(CHUNK_BYTES, V * 4), P)

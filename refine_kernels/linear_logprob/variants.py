@@ -15,8 +15,8 @@ POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp
 HEADS = ((2048, 32000), (4096, 131072), (60, 997))  # D, V; no vector load divides the last
 ROWS = (8, 64, 16384)  # decoding, a small batch of it, training
 CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# Bytes: three registers beside the accumulator's way out of tensor memory, once a tile of 128 x 256 logits.
-SPILLS = {"sm_100": 16}
+# Bytes: a few registers beside the accumulator's way out of tensor memory, once a tile of 128 x 256 logits.
+SPILLS = {"sm_100": 64}
 # name -> the arguments of `forward_kernel` that are None
 ASKED = {
     "logprob": ("seed", "t", "best", "token"),
@@ -87,15 +87,19 @@ def _gradient(dtype: torch.dtype, V: int) -> Iterator[ChipVariant]:
     statistics = ("g_logprob", "g_entropy", "g_lse", "lse", "row_entropy", "logprob", "entropy")
     pointers = {"q": "*fp32", "dz": POINTERS[dtype], "bias": "*fp32", "target": "*i64"}
     pointers |= dict.fromkeys(statistics, "*fp32")
-    dense = ("bias", "g_entropy", "g_lse", "lse", "row_entropy")
-    for name, absent in {"dense": dense, "general": ("lse", "row_entropy", "logprob", "entropy")}.items():
+    absences = {
+        "dense": ("bias", "g_entropy", "g_lse", "lse", "row_entropy"),
+        "general": ("lse", "row_entropy", "logprob", "entropy"),
+        "slice": ("logprob", "entropy"),
+    }
+    for name, absent in absences.items():
         yield _variant(
             f"gradient {name} V{V} {dtype}",
             triton_rows.gradient_kernel,
             pointers,
             {"V": "i32", "inv_temperature": "fp32", "softcap": "fp32"},
             absent,
-            {"HAS_SOFTCAP": name == "general", "BV": triton_rows.columns_of(V)},
+            {"HAS_SOFTCAP": name != "dense", "BV": triton_rows.columns_of(V)},
             num_warps=triton_rows.WARPS,
             num_stages=1,
         )

@@ -242,7 +242,7 @@ def test_a_draw_depends_on_its_own_row_alone():
 
 
 def test_draws_follow_the_softmax():
-    draws, V = 10_000, 20
+    draws, V = 6_000, 20
     x, weight, _, _ = make_head(1, 16, V, std=1.0, requires_grad=False)
     token = linear_logprob(x.expand(draws, 16), weight, sample=True, seed=7, temperature=0.8, **TRITON).token
     p = ((x @ weight.t()).double()[0] / 0.8).softmax(0)
@@ -252,7 +252,7 @@ def test_draws_follow_the_softmax():
 
 def test_noise_is_philoxs(monkeypatch):
     """Equal logits: the token is where the noise is largest, for many columns and seeds of both signs."""
-    x, weight = torch.zeros(6, 16), torch.zeros(5000, 16)
+    x, weight = torch.zeros(6, 16), torch.zeros(2000, 16)
     seeds = torch.tensor([0, 1, -1, 2**40 + 17, -(2**63), 2**63 - 1])
     token = linear_logprob(x, weight, sample=True, seed=seeds, **TRITON).token
     assert torch.equal(token, linear_logprob(x, weight, sample=True, seed=seeds, backend="torch").token)
