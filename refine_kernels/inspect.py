@@ -265,6 +265,7 @@ def _choose(options: argparse.Namespace) -> list[tuple[str, int, str]]:
         for i, variant in enumerate(variants_of(op))
         if options.kernel in variant.name
         for arch in options.arch
+        if arch in (variant.archs or ARCHS)
     ]
     if not chosen:
         raise ValueError(f"--kernel {options.kernel!r} is in the name of no variant of {', '.join(there)}")

@@ -26,6 +26,7 @@ class KernelVariant:
             strides), as Triton's own launcher would specialise them.
         spill_budget: bytes per thread that may spill to local memory on an NVIDIA target.
         tensor_core: whether the kernel must contain tensor-core instructions.
+        archs: the chips that it can be chosen on, of those that inspect knows; empty: all.
     """
 
     name: str
@@ -37,3 +38,4 @@ class KernelVariant:
     divisible_by_16: frozenset[str] = field(default_factory=frozenset)
     spill_budget: int = 0
     tensor_core: bool = False
+    archs: frozenset[str] = frozenset()

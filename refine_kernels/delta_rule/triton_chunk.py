@@ -184,11 +184,12 @@ class Tiles(NamedTuple):
     gradient: Tile
 
 
-def choose_tiles(kd: int, vd: int, itemsize: int, few: bool) -> Tiles:
+def choose_tiles(kd: int, vd: int, itemsize: int, few: bool, tensor_memory: bool = False) -> Tiles:
     """The tiles for head sizes ``kd`` and ``vd``, ``itemsize`` bytes a number, ``few`` rows x heads (too few to
-    occupy a GPU by themselves)."""
+    occupy a GPU by themselves). Chips with ``tensor_memory`` (Blackwell) hold products of 64 rows there, and it has
+    no room for all of gradient_kernel's: Triton then compiles a trap."""
     bk, whole = block(kd), block(vd)
-    wide = max(bk, whole) > 128 or (itemsize > 2 and max(bk, whole) > 64)
+    wide = tensor_memory or max(bk, whole) > 128 or (itemsize > 2 and max(bk, whole) > 64)
     chunk = 32 if wide else 64
     stages = 1 if wide else 2
     if wide:
@@ -235,12 +236,17 @@ class _Plan(NamedTuple):
 def _plan(q: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None) -> _Plan:
     (b, tokens, h, kd), vd = q.shape, v.shape[-1]
     rows = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    tiles = choose_tiles(kd, vd, q.element_size(), rows * h < FEW)
+    tiles = choose_tiles(kd, vd, q.element_size(), rows * h < FEW, _has_tensor_memory(q.device))
     chunks, chunk_owners = _places(tokens, b, tiles.chunk, cu_seqlens)
     groups, group_owners = _places(tokens, b, GROUP_TOKENS, cu_seqlens)
     return _Plan(
         rows, chunks, groups, chunk_owners, group_owners, tiles, tiles.chunk, kd, vd, precision_of(q.dtype)
     )
+
+
+def _has_tensor_memory(device: torch.device) -> bool:
+    on_nvidia = device.type == "cuda" and torch.version.hip is None
+    return on_nvidia and torch.cuda.get_device_capability(device)[0] == 10
 
 
 def precision_of(dtype: torch.dtype) -> str:

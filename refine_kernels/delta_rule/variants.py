@@ -59,6 +59,11 @@ def kernel_variants() -> Iterator[KernelVariant]:
                         continue
                     for purpose, without in purposes.items():
                         yield _variant(kernel, purpose, kd, vd, dtype, tiles, without)
+            tiles = triton_chunk.choose_tiles(kd, vd, dtype.itemsize, False, tensor_memory=True)
+            if tiles != triton_chunk.choose_tiles(kd, vd, dtype.itemsize, False):
+                for kernel, purposes in OPTIONAL.items():
+                    for purpose, without in purposes.items():
+                        yield _variant(kernel, f"{purpose}, Blackwell", kd, vd, dtype, tiles, without)
     yield from recurrent_variants()
 
 
@@ -101,5 +106,6 @@ def _variant(
         num_stages=tile.num_stages,
         divisible_by_16=frozenset(n for n, kind in signature.items() if kind.startswith("*")),
         spill_budget=FLOAT32_SPILL_BUDGET if dtype == torch.float32 else SPILL_BUDGET[kernel],
-        tensor_core=dtype != torch.float32,
+        # with its state carried gradient_kernel is not chosen where that does not fit (choose_tiles)
+        tensor_core=dtype != torch.float32 and not (kernel == "gradient" and tiles.carry),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
@@ -26,18 +25,7 @@ ASKED = {
 }
 
 
-@dataclass(frozen=True)
-class ChipVariant(KernelVariant):
-    """A variant that is chosen on some chips only: another chip may lack the shared memory.
-
-    Attributes:
-        archs: names as ``python -m refine_kernels.inspect --arch`` takes them; empty for all.
-    """
-
-    archs: frozenset[str] = frozenset()
-
-
-def kernel_variants() -> Iterator[ChipVariant]:
+def kernel_variants() -> Iterator[KernelVariant]:
     """Every tile of `forward_kernel` for the chip that takes it; the other kernels for all chips."""
     for dtype in POINTERS:
         for D, V in HEADS if dtype == torch.bfloat16 else HEADS[:1]:
@@ -61,7 +49,7 @@ def _forward(
     absent: tuple[str, ...],
     tile: triton_forward.Tile,
     softcap: bool = False,
-) -> ChipVariant:
+) -> KernelVariant:
     """Without a bias unless the head is capped as well."""
     half = POINTERS[dtype]
     pointers = {"x": half, "w": half, "bias": "*fp32", "target": "*i64", "seed": "*i64", "m": "*fp32"}
@@ -83,7 +71,7 @@ def _forward(
     )
 
 
-def _gradient(dtype: torch.dtype, V: int) -> Iterator[ChipVariant]:
+def _gradient(dtype: torch.dtype, V: int) -> Iterator[KernelVariant]:
     statistics = ("g_logprob", "g_entropy", "g_lse", "lse", "row_entropy", "logprob", "entropy")
     pointers = {"q": "*fp32", "dz": POINTERS[dtype], "bias": "*fp32", "target": "*i64"}
     pointers |= dict.fromkeys(statistics, "*fp32")
@@ -105,7 +93,7 @@ def _gradient(dtype: torch.dtype, V: int) -> Iterator[ChipVariant]:
         )
 
 
-def _combine(splits: int) -> ChipVariant:
+def _combine(splits: int) -> KernelVariant:
     fields = ("m", "s", "t", "q_y", "best", "token")
     pointers = dict.fromkeys(
         (*fields, "m_out", "log_s_out", "e_out", "q_y_out", "best_out", "token_out"), "*fp32"
@@ -124,11 +112,11 @@ def _combine(splits: int) -> ChipVariant:
     )
 
 
-def _variant(name, kernel, pointers, scalars, absent, constants, **options) -> ChipVariant:
+def _variant(name, kernel, pointers, scalars, absent, constants, **options) -> KernelVariant:
     """Pointers of new tensors are multiples of 16 bytes; an argument that is None is a constant."""
     there = {key: kind for key, kind in pointers.items() if key not in absent}
     constants = {**dict.fromkeys(absent), **constants}
-    return ChipVariant(
+    return KernelVariant(
         name=f"linear_logprob.{name.replace('torch.', '')}",
         kernel=kernel,
         signature={**there, **scalars, **dict.fromkeys(constants, "constexpr")},

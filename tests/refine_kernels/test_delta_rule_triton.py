@@ -60,9 +60,10 @@ def test_head_sizes(kd, vd, dtype, gated):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("few", [False, True])
-def test_both_tiles(few, dtype, monkeypatch):
-    monkeypatch.setattr(triton_chunk, "FEW", 64 if few else 0)
+@pytest.mark.parametrize("tiles", ["many", "few", "Blackwell"])
+def test_tiles_of_every_kind(tiles, dtype, monkeypatch):
+    monkeypatch.setattr(triton_chunk, "FEW", 0 if tiles == "many" else 64)
+    monkeypatch.setattr(triton_chunk, "_has_tensor_memory", lambda device: tiles == "Blackwell")
     check(make_inputs(1, 150, 1, 64, 60, dtype=dtype), TOLERANCE[dtype])
 
 
@@ -183,7 +184,7 @@ def test_places_hold_every_chunk_of_every_sequence_once():
 
 @pytest.mark.parametrize(("kd", "vd"), [(3, 1), (64, 128), (128, 128), (128, 256), (256, 256)])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_tiles(kd, vd, itemsize):
+def test_tiles_cover_the_values(kd, vd, itemsize):
     for few in (False, True):
         tiles = triton_chunk.choose_tiles(kd, vd, itemsize, few)
         assert tiles.chunk in (32, 64) and triton_chunk.GROUP_TOKENS % tiles.chunk == 0
