@@ -114,6 +114,7 @@ def _train(settings: TrainSettings, world: World) -> Path:
     tracker = None
     if world.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.clear_partial(output_dir)
         (output_dir / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
         tracker = Tracker(
             output_dir, settings.report_to, settings.run_name, dataclasses.asdict(settings), counters["step"]

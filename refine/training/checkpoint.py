@@ -163,6 +163,13 @@ def find_resume(output_dir: Path, wanted: str) -> tuple[Path, dict[str, Any]] | 
     return None
 
 
+def clear_partial(output_dir: Path) -> None:
+    """Remove what a run left behind that was killed while it saved."""
+    for path in output_dir.glob("*.partial"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def random_state() -> dict[str, Any]:
     """Every random generator's state, as tensors and plain values."""
     version, words, gauss = random.getstate()

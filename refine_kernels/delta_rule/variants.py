@@ -67,6 +67,14 @@ def kernel_variants() -> Iterator[KernelVariant]:
     yield from recurrent_variants()
 
 
+def _archs(kd: int, vd: int, dtype: torch.dtype, tiles: triton_chunk.Tiles) -> frozenset[str]:
+    """Where these tiles are chosen: all chips unless Blackwell takes others."""
+    blackwell = triton_chunk.choose_tiles(kd, vd, dtype.itemsize, False, tensor_memory=True)
+    if blackwell == triton_chunk.choose_tiles(kd, vd, dtype.itemsize, False):
+        return frozenset()
+    return frozenset({"sm_100"} if tiles == blackwell else {"sm_80", "sm_90", "gfx942"})
+
+
 def _variant(
     kernel: str,
     purpose: str,
@@ -106,6 +114,6 @@ def _variant(
         num_stages=tile.num_stages,
         divisible_by_16=frozenset(n for n, kind in signature.items() if kind.startswith("*")),
         spill_budget=FLOAT32_SPILL_BUDGET if dtype == torch.float32 else SPILL_BUDGET[kernel],
-        # with its state carried gradient_kernel is not chosen where that does not fit (choose_tiles)
-        tensor_core=dtype != torch.float32 and not (kernel == "gradient" and tiles.carry),
+        tensor_core=dtype != torch.float32,
+        archs=_archs(kd, vd, dtype, tiles),
     )

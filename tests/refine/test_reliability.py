@@ -73,8 +73,9 @@ def test_kill_9_at_twenty_random_moments_changes_nothing(tmp_path, text_file):
         process = start(configs["killed"], "--resume_from_checkpoint", "auto", "--overwrite_output_dir")
         begun = steps_in(folder)
         # wait until it trains again, then for a random while: up to some steps, or into a checkpoint
-        while process.poll() is None and steps_in(folder) <= begun and not list(folder.glob("*.partial")):
-            time.sleep(0.01)
+        while process.poll() is None and (steps_in(folder) <= begun or list(folder.glob("*.partial"))):
+            begun = min(begun, steps_in(folder))  # lines behind the checkpoint are taken back first
+            time.sleep(0.002)
         if moments.random() < 0.4:  # while it saves
             give_up = time.time() + 3
             while process.poll() is None and not list(folder.glob("*.partial")) and time.time() < give_up:
