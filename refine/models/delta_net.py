@@ -6,6 +6,7 @@ as they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ from refine.models.blocks import GatedRMSNorm, RMSNorm, ShortConvolution
 from refine.models.causal_lm import FastWeightConfig, FastWeightForCausalLM
 from refine_kernels import chunk_delta_rule, delta_net_decode, recurrent_delta_rule
 
+_MAX_VALUE_SIZE = 256  # of one call of the delta rule
 _RECURRENT_LENGTH = 4  # without a gradient, up to this many tokens go through the decode path
 
 
@@ -126,7 +128,8 @@ class DeltaRuleTrace:
         key, value, beta = (_take(x, rows, token) for x in (self.key, self.value, self.beta))
         log_decay = None if self.log_decay is None else _take(self.log_decay, rows, token) * read
         initial = self.states.flatten(0, 1)[rows * self.states.shape[1] + block]
-        _, fast_weight = chunk_delta_rule(
+        _, fast_weight = over_value_blocks(
+            chunk_delta_rule,
             key,
             key,
             value,
@@ -147,6 +150,21 @@ class DeltaRuleTrace:
         if tail is None:
             return _take(x, rows, token) * inside
         return torch.where(inside, _take(x, rows, token), _take(tail, rows, token + count))
+
+
+def over_value_blocks(rule: Callable, q, k, v, beta, *, initial_state=None, **options) -> tuple:
+    """``rule`` on blocks of 256 value columns: columns of a state do not see one another.
+
+    The default Gated DeltaNet has heads of 256 x 512; the kernels take value sizes up to 256.
+    """
+    if v.shape[-1] <= _MAX_VALUE_SIZE:
+        return rule(q, k, v, beta, initial_state=initial_state, **options)
+    blocks = []
+    for start in range(0, v.shape[-1], _MAX_VALUE_SIZE):
+        columns = slice(start, start + _MAX_VALUE_SIZE)
+        state = None if initial_state is None else initial_state[..., columns].contiguous()
+        blocks.append(rule(q, k, v[..., columns], beta, initial_state=state, **options))
+    return tuple(None if parts[0] is None else torch.cat(parts, dim=-1) for parts in zip(*blocks))
 
 
 def _take(x: torch.Tensor, rows: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
@@ -193,7 +211,7 @@ class DeltaNetAttention(nn.Module):
         state_stride: int | None = None,
     ) -> tuple[torch.Tensor, DeltaRuleState | None, DeltaRuleTrace | None]:
         few = x.shape[1] <= _RECURRENT_LENGTH and state_stride is None and not torch.is_grad_enabled()
-        if few and state is not None and lengths is None:
+        if few and state is not None and lengths is None and self.head_v_dim <= _MAX_VALUE_SIZE:
             o, new_state = self._decode(x, state)
             return self._finish(x, o), new_state if use_cache else None, None
         conv_inputs = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -212,7 +230,8 @@ class DeltaNetAttention(nn.Module):
 
         trace = None
         if few:
-            o, fast_weight = recurrent_delta_rule(
+            o, fast_weight = over_value_blocks(
+                recurrent_delta_rule,
                 q,
                 k,
                 v,
@@ -224,7 +243,8 @@ class DeltaNetAttention(nn.Module):
                 use_qk_l2norm_in_kernel=True,
             )
         else:
-            o, fast_weight, *states = chunk_delta_rule(
+            o, fast_weight, *states = over_value_blocks(
+                chunk_delta_rule,
                 q,
                 k,
                 v,

@@ -11,7 +11,14 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import refine
-from refine.models import DeltaNetConfig, DeltaNetForCausalLM, GatedDeltaNetConfig, export, new_model
+from refine.models import (
+    DeltaNetConfig,
+    DeltaNetForCausalLM,
+    GatedDeltaNetConfig,
+    GatedDeltaNetForCausalLM,
+    export,
+    new_model,
+)
 from refine.models.head import HiddenOnly, NextTokenLoss, SampleToken, TokenLogprob
 from refine.training.parts import packaged_model
 from tests.numerics import assert_close
@@ -92,6 +99,34 @@ def test_padding_reaches_nothing(family, side):
         assert_close(a.fast_weight[1], b.fast_weight[0], 1e-11, "fast weight")
         for x, y in zip(a.tails, b.tails):
             assert_close(x[1], y[0], 1e-11, "convolution inputs")
+
+
+def test_values_wider_than_one_call_of_the_rule():
+    """The default Gated DeltaNet has heads of 256 x 512: trace, chunks and single tokens agree."""
+    torch.manual_seed(3)
+    config = GatedDeltaNetConfig(
+        hidden_size=12,
+        num_hidden_layers=1,
+        num_heads=1,
+        head_dim=131,
+        vocab_size=VOCABULARY,
+        intermediate_size=16,
+    )
+    model = GatedDeltaNetForCausalLM(config).double().eval()
+    assert model.model.layers[0].attn.head_v_dim == 262
+    ids, _ = ragged_batch(70)
+    full = model(ids).logits
+    with torch.no_grad():
+        output = model(ids[:, :66], use_cache=True)
+        logits, state = [output.logits], output.past_key_values
+        for t in range(66, 70):
+            output = model(ids[:, t : t + 1], past_key_values=state, use_cache=True)
+            state = output.past_key_values
+            logits.append(output.logits)
+    assert_close(torch.cat(logits, 1), full, 1e-11)
+    trace = model(ids, state_stride=64).trace
+    branch = trace.gather(torch.tensor([0]), torch.tensor([67]))
+    assert_close(model(ids[:, 67:], past_key_values=branch).logits, full[:, 67:], 1e-11)
 
 
 def test_a_mask_with_a_hole_is_refused():
