@@ -19,7 +19,8 @@ class RefineConfig:
         num_chunks: c, positions a sequence: one is drawn from each of c chunks.
         rollout_length: k, tokens a rollout; also the width of the entropy smoothing.
         num_rollouts: n, rollouts a position.
-        reward: ``cosine``, ``binary``, ``hybrid``, or ``module:function`` for one of your own.
+        reward: ``cosine``, ``binary``, ``hybrid``, ``edit`` (edit similarity over tokens),
+            ``discounted_cosine`` (early tokens weigh more), or ``module:function`` for one of your own.
         selection: ``entropy``, ``uniform``, ``argmax`` or ``argmin``.
         selection_temperature: tau of the softmax over smoothed entropies.
         lambda_sft: weight of the next-token loss.

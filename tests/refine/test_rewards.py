@@ -9,7 +9,7 @@ import torch
 
 from refine import RefineConfig
 from refine.method.objective import group_advantages, policy_loss
-from refine.method.rewards import binary, cosine, find_reward, hybrid
+from refine.method.rewards import DISCOUNT, binary, cosine, discounted_cosine, edit, find_reward, hybrid
 
 
 def length_of_run(predicted_ids, true_ids, predicted_hidden, true_hidden):
@@ -29,10 +29,50 @@ def test_rewards_by_hand():
     assert length_of_run(*arguments).tolist() == [3.0, 1.0]
 
 
+def _distance(a: tuple, b: tuple) -> int:
+    """Levenshtein by its recursive definition."""
+    if not a or not b:
+        return len(a) + len(b)
+    if a[0] == b[0]:
+        return _distance(a[1:], b[1:])
+    return 1 + min(_distance(a[1:], b), _distance(a, b[1:]), _distance(a[1:], b[1:]))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_edit_similarity_against_its_definition(k):
+    generator = torch.Generator().manual_seed(k)
+    predicted, true = torch.randint(0, 3, (2, 40, k), generator=generator)
+    hidden = torch.zeros(40, k, 1)
+    expected = [1 - _distance(tuple(a), tuple(b)) / k for a, b in zip(predicted.tolist(), true.tolist())]
+    found = edit(predicted, true, hidden, hidden)
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx(expected)
+
+
+def test_edit_similarity_forgives_a_shift():
+    predicted, true = torch.tensor([[9, 1, 2, 3, 4]]), torch.tensor([[1, 2, 3, 4, 5]])
+    hidden = torch.zeros(1, 5, 1)
+    assert edit(predicted, true, hidden, hidden).tolist() == pytest.approx([0.6])
+    assert binary(predicted, true, hidden, hidden).tolist() == [0]
+
+
+def test_discounted_cosine_weighs_early_tokens_more():
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    true = torch.tensor([[1.0, 0.0]]).expand(2, 3, 2)
+    wrong = torch.tensor([0.0, 1.0])
+    predicted = true.clone()
+    predicted[0, 0] = predicted[1, 2] = wrong  # early and late
+    total = 1 + DISCOUNT + DISCOUNT**2
+    found = discounted_cosine(ids, ids, predicted, true)
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx([(DISCOUNT + DISCOUNT**2) / total, (1 + DISCOUNT) / total])
+    assert cosine(ids, ids, predicted, true).tolist() == pytest.approx([2 / 3, 2 / 3])
+
+
 def test_rewards_are_found_by_name_or_path():
     assert find_reward("hybrid") is hybrid
     assert find_reward("tests.refine.test_rewards:length_of_run").__name__ == "length_of_run"
-    with pytest.raises(ValueError, match="cosine, binary, hybrid or module:function, got 'cosin'"):
+    with pytest.raises(ValueError, match="hybrid, edit, discounted_cosine or module:function, got 'cosin'"):
         find_reward("cosin")
     with pytest.raises(ValueError, match="cannot be imported"):
         find_reward("refine.method.rewards:nothing")

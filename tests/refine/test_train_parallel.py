@@ -17,6 +17,7 @@ from tests.numerics import assert_close
 from tests.refine.test_train import command_line, run, text_file  # noqa: F401 (a fixture)
 
 SHORT = {"max_steps": 4, "learning_rate": 1e-3, "eval_samples": 2, "sample_steps": 2}
+SHORT |= {"gradient_accumulation_steps": 1}
 
 
 def torchrun(output_dir, data, **changes) -> str:
@@ -56,7 +57,7 @@ def check_same(folder, other) -> None:
 def alone(tmp_path_factory, text_file):  # noqa: F811
     """What one process makes of the same global batch."""
     folder = tmp_path_factory.mktemp("alone")
-    assert run(folder, text_file, gradient_accumulation_steps=2, **SHORT) == 0
+    assert run(folder, text_file, **SHORT | {"gradient_accumulation_steps": 2}) == 0
     return folder
 
 
