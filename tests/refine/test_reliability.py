@@ -169,16 +169,15 @@ SMALL_NUMBERS = {  # where a large number would be a valid, endless run
     "output_dir": [],
     "dataset_name_or_path": ["", "no/such/file.jsonl", "recall", "/", "x.parquet"],
     "model_type": ["lact", "gated_deltanet", "rnn", "", 3],
-    "config_overrides": [
-        {},
+    "config_overrides": [  # never without sizes: the published ones would be a valid run of gigabytes
         {"hidden_size": 15, "num_heads": 2},
         {"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2},
         {"hidden_size": -3},
         {"num_heads": 0},
-        {"vocab_size": 10},
+        {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 10},
         {"nonsense": 1},
         {"hidden_size": "wide"},
-        "hidden_size=16",
+        "hidden_size=16,num_hidden_layers=1,num_heads=1",
         [],
     ],
     "tokenizer_name_or_path": [None, "no/such/tokenizer", ""],
@@ -210,7 +209,7 @@ def edited(settings: dict, draw: random.Random) -> tuple[dict, list[str]]:
             letter = draw.randrange(len(name))
             changed[name[:letter] + draw.choice("abc_") + name[letter + 1 :]] = value
         else:
-            changed.pop(draw.choice(sorted(changed)), None)
+            changed.pop(draw.choice(sorted(changed.keys() - {"config_overrides", "max_length"})), None)
     changed["output_dir"] = settings["output_dir"]
     if not isinstance(changed.get("max_steps"), int | float) or changed["max_steps"] > 2:
         changed["max_steps"] = settings["max_steps"]
