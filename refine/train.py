@@ -29,6 +29,7 @@ from refine.method.step import RefineStepOutput, next_token_targets, refine_step
 from refine.models.head import NextTokenLoss
 from refine.training import checkpoint
 from refine.training.data import Batch, DataError, held_out_stream, training_stream
+from refine.training.pairs import PairBatch, PairColumns, held_out_pairs, training_pairs
 from refine.training.parallel import World, accumulating, clip_gradients, join_world, wrap
 from refine.training.parts import choose_device, data_config, load_parts
 from refine.training.plots import draw_plots
@@ -55,7 +56,22 @@ def main(arguments: list[str] | None = None) -> int:
     except TrainingStopped as error:
         print(f"refine.train: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            f"refine.train: out of memory ({str(error).splitlines()[0]}); what was written is intact. Try a smaller "
+            "per_device_train_batch_size, gradient_checkpointing, segment_length, or parallel fsdp2",
+            file=sys.stderr,
+        )
+        return 1
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On a CPU PyTorch raises a plain RuntimeError."""
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return out_of_memory or "can't allocate memory" in str(error)
 
 
 def train(settings: TrainSettings) -> Path:
@@ -92,8 +108,15 @@ def _train(settings: TrainSettings, world: World) -> Path:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = wrap(model, world, torch.bfloat16 if settings.bf16 else None)
     data, (rank, readers) = data_config(settings), world.readers
-    stream = training_stream(data, tokenizer, rank=rank, world_size=readers)
-    held_out_text = held_out_stream(data, tokenizer) if settings.eval_samples else None
+    if settings.phase == "post":
+        columns = PairColumns(
+            settings.prompt_column, settings.answer_column, settings.question_column, settings.passages_column
+        )
+        stream = training_pairs(data, columns, tokenizer, rank=rank, world_size=readers)
+        held_out_text = held_out_pairs(data, columns, tokenizer) if settings.eval_samples else None
+    else:
+        stream = training_stream(data, tokenizer, rank=rank, world_size=readers)
+        held_out_text = held_out_stream(data, tokenizer) if settings.eval_samples else None
     held_out = list(islice(held_out_text.batches(1), settings.eval_samples)) if held_out_text else []
 
     optimizer = _optimizer(model, settings)
@@ -126,7 +149,10 @@ def _train(settings: TrainSettings, world: World) -> Path:
 
     def evaluate() -> dict[str, float]:
         with _precision(settings, device):
-            return evaluate_held_out(model, held_out, settings, seed=settings.seed)
+            measured = evaluate_held_out(model, held_out, settings, seed=settings.seed)
+            if settings.phase == "post":
+                measured["eval_answer_loss"] = _held_out_answers(model, held_out, settings)
+            return measured
 
     def save() -> None:
         state = {
@@ -170,9 +196,13 @@ def _train(settings: TrainSettings, world: World) -> Path:
                 mini_batches, _draw(model, mini_batches, settings, counters["step"])
             ):
                 began = time.time()
-                metrics, last = _update(
-                    model, mini_batch, draws, optimizer, settings, counters["step"], world
-                )
+                metrics, last = {}, None
+                if settings.phase != "post" or settings.prompt_step != "none":
+                    metrics, last = _update(
+                        model, mini_batch, draws, optimizer, settings, counters["step"], world
+                    )
+                if settings.phase == "post":
+                    metrics = _answer_update(model, mini_batch, optimizer, settings, world, metrics)
                 counters["step"] += 1
                 step = counters["step"]
                 schedule.step()
@@ -253,7 +283,7 @@ def _draw(
     """Off-policy: the rollouts of every mini-batch by the policy as it is now. On-policy: none, they are drawn
     in the update itself.
     """
-    if settings.phase == "sft" or settings.num_mini_batches == 1:
+    if not settings.draws_rollouts or settings.num_mini_batches == 1:
         return iter([[None] * len(mini_batch) for mini_batch in mini_batches])
     device = next(model.parameters()).device
     with torch.no_grad(), _precision(settings, device):
@@ -292,7 +322,7 @@ def _update(
     output = None
     for batch, draw in zip(mini_batch, draws):
         with accumulating(model, last=batch is mini_batch[-1]), _precision(settings, device):
-            if settings.phase == "sft":
+            if not settings.draws_rollouts:
                 loss = _next_token_loss(model, batch, settings, world)
                 found = {"loss": loss, "ntp_loss": loss}
             else:
@@ -333,13 +363,70 @@ def _update(
     return metrics | {"tokens": tokens, "skipped": int(not finite)}, output
 
 
+def _answer_update(
+    model,
+    mini_batch: list[PairBatch],
+    optimizer,
+    settings: TrainSettings,
+    world: World,
+    metrics: dict[str, float],
+) -> dict[str, float]:
+    """The second update of a post-training step: next-token loss on the answers, every answer token of the
+    batch (over micro-batches and processes) with the same weight. ``metrics`` are those of the first.
+    """
+    device = next(model.parameters()).device
+    optimizer.zero_grad(set_to_none=True)
+    local = sum(int((batch.full_targets != -100).sum()) for batch in mini_batch)
+    answer_tokens = world.total(local)
+    total = 0.0
+    for batch in mini_batch:
+        with accumulating(model, last=batch is mini_batch[-1]):
+            with _precision(settings, device):
+                weight = (batch.full_targets != -100).float() * (world.size / answer_tokens)
+                loss = _weighted_loss(model, batch.full_ids, batch.full_targets, weight, settings, None)
+            loss.backward()
+        total += loss.item()
+    loss = world.mean({"answer_loss": total})["answer_loss"]
+    norm = clip_gradients(model, settings.max_grad_norm)
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite:
+        optimizer.step()
+    if not metrics:
+        prompt_tokens = world.total(sum(int(batch.attention_mask.sum()) for batch in mini_batch))
+        metrics = {"loss": loss, "ntp_loss": loss, "grad_norm": norm, "tokens": prompt_tokens, "skipped": 0}
+    return metrics | {
+        "answer_loss": loss,
+        "answer_grad_norm": norm,
+        "tokens": metrics["tokens"] + answer_tokens,
+        "skipped": metrics["skipped"] + int(not finite),
+    }
+
+
+@torch.no_grad()
+def _held_out_answers(model, held_out: list[PairBatch], settings: TrainSettings) -> float:
+    """The answer loss of held-out pairs, in nats a token."""
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    for batch in held_out:
+        batch = batch.to(device)
+        weight = (batch.full_targets != -100).float()
+        request = NextTokenLoss(batch.full_targets, weight, entropy=False)
+        total += model(batch.full_ids, use_cache=False, head=request).loss.item()
+        tokens += int(weight.sum())
+    return total / tokens
+
+
 def _next_token_loss(model, batch: Batch, settings: TrainSettings, world: World) -> torch.Tensor:
     """The SFT loss of a batch, in one pass or by segments."""
     targets = next_token_targets(batch.input_ids, batch.attention_mask.sum(1))
+    return _weighted_loss(model, batch.input_ids, *targets, settings, world.relay)
+
+
+def _weighted_loss(model, input_ids, targets, weight, settings: TrainSettings, relay) -> torch.Tensor:
+    """The weighted sum of next-token losses, in one pass or by segments."""
     if settings.segment_length is None:
-        return model(batch.input_ids, use_cache=False, head=NextTokenLoss(*targets, entropy=False)).loss
-    length = settings.segment_length
-    return read_next_tokens(model, batch.input_ids, *targets, length, world.relay).ntp_loss
+        return model(input_ids, use_cache=False, head=NextTokenLoss(targets, weight, entropy=False)).loss
+    return read_next_tokens(model, input_ids, targets, weight, settings.segment_length, relay).ntp_loss
 
 
 def _optimizer(model, settings: TrainSettings) -> torch.optim.AdamW:
@@ -403,6 +490,8 @@ def _report(output_dir, before, after, counters, stream, plots, seconds) -> None
     print(f"data: {read.windows} sequences of {read.documents} documents read", end="")
     left_out = {"too short": read.short_documents + read.short_windows, "bad rows": read.bad_rows}
     print("".join(f", {count} {what} left out" for what, count in left_out.items() if count))
+    if read.cut_prompts:
+        print(f"{read.cut_prompts} prompts were longer than max_length and cut in the middle")
     if after:
         names = ("next-token loss", "next-token accuracy", "cosine reward", "binary reward")
         print(f"\nheld out ({after['eval_sequences']} sequences)   before     after    change")

@@ -123,8 +123,9 @@ class DeltaRuleTrace:
         """The state after the first ``positions`` [M] tokens of sequences ``rows`` [M]."""
         block = (positions // self.stride).clamp_max(self.states.shape[1] - 1)  # [M]
         start = block * self.stride
-        token = start[:, None] + torch.arange(self.stride, device=rows.device)  # [M, stride]
-        read = (token < positions[:, None])[..., None]  # [M, stride, 1]
+        span = min(self.stride, self.key.shape[1])
+        token = start[:, None] + torch.arange(span, device=rows.device)  # [M, span]
+        read = (token < positions[:, None])[..., None]  # [M, span, 1]
         key, value, beta = (_take(x, rows, token) for x in (self.key, self.value, self.beta))
         log_decay = None if self.log_decay is None else _take(self.log_decay, rows, token) * read
         initial = self.states.flatten(0, 1)[rows * self.states.shape[1] + block]

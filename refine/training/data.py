@@ -103,6 +103,7 @@ class DataCounts:
     short_documents: int = 0  # of fewer than min_length tokens
     short_windows: int = 0  # last windows of longer documents
     bad_rows: int = 0
+    cut_prompts: int = 0  # longer than max_length, cut in the middle
     longest_short: int = field(default=0, repr=False)  # tokens of the longest short document
 
 

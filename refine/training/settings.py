@@ -19,7 +19,8 @@ import yaml
 
 from refine.method.config import RefineConfig
 
-PHASES = ("mid", "sft")
+PHASES = ("mid", "sft", "post")
+PROMPT_STEPS = ("refine", "sft", "none")
 REPORTERS = ("tensorboard", "wandb")
 PARALLEL = ("none", "ddp", "fsdp2", "context")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -39,7 +40,25 @@ class TrainSettings(RefineConfig):
     values (AdamW 1e-6, betas 0.9 and 0.999, weight decay 0.01, gradient clip 0.2).
     """
 
-    phase: str = field(default="mid", metadata={"help": "mid: REFINE steps; sft: next-token loss alone"})
+    phase: str = field(
+        default="mid",
+        metadata={
+            "help": "mid: REFINE steps; sft: next-token loss alone; post: for each batch of pairs a step on the "
+            "prompts (prompt_step), then one on the answers"
+        },
+    )
+    prompt_step: str = field(
+        default="refine", metadata={"help": "with phase post: " + ", ".join(PROMPT_STEPS)}
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "of a file of pairs (phase post)"})
+    answer_column: str = field(
+        default="answer", metadata={"help": "a text, or a list whose first is learned"}
+    )
+    question_column: str = field(default="question", metadata={"help": "with passages_column"})
+    passages_column: str | None = field(
+        default=None,
+        metadata={"help": "make RULER's QA prompts of these passages, the question, and others' passages"},
+    )
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "a folder or a hub name; none: the tiny model of this package"}
@@ -129,6 +148,7 @@ class TrainSettings(RefineConfig):
             raise SettingsError(str(error)) from error
         for name, allowed in (
             ("phase", PHASES),
+            ("prompt_step", PROMPT_STEPS),
             ("lr_scheduler_type", SCHEDULES),
             ("parallel", PARALLEL),
         ):
@@ -191,8 +211,17 @@ class TrainSettings(RefineConfig):
             )
         if self.parallel == "context" and self.segment_length is None:
             raise SettingsError("parallel context shares documents by segments: set segment_length")
-        if self.phase == "sft" and self.num_mini_batches > 1:
-            raise SettingsError("num_mini_batches is about rollouts: it must be 1 with phase sft")
+        if self.phase == "post" and self.parallel == "context":
+            raise SettingsError("parallel context shares the documents of phases mid and sft, not pairs")
+        if not self.draws_rollouts and self.num_mini_batches > 1:
+            raise SettingsError(
+                "num_mini_batches is about rollouts: it must be 1 with phase sft and without prompt_step refine"
+            )
+
+    @property
+    def draws_rollouts(self) -> bool:
+        """Whether the steps of this run are REFINE steps."""
+        return self.phase == "mid" or (self.phase == "post" and self.prompt_step == "refine")
 
 
 def parse_settings(arguments: list[str]) -> TrainSettings:

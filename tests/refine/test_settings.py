@@ -57,7 +57,7 @@ def test_what_is_written_reads_back(tmp_path):
         (["--rollout_length", "0"], "rollout_length must be a whole number of at least 1"),
         (["--rollout_length", "4000"], "max_length must be at least min_length=32000"),
         (["--reward", "cosin"], "reward must be one of cosine, binary, hybrid"),
-        (["--phase", "pre"], "phase must be one of mid, sft, got 'pre'"),
+        (["--phase", "pre"], "phase must be one of mid, sft, post, got 'pre'"),
         (["--report_to", "mlflow"], "report_to takes tensorboard, wandb, got 'mlflow'"),
         (["--min_length", "50"], "min_length must be at least 160 for num_chunks=8"),
         (["--max_length", "100"], "max_length must be at least min_length=160"),
