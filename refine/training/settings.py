@@ -365,5 +365,7 @@ def _to_mapping(value: Any) -> dict[str, Any]:
         return {}
     if isinstance(value, dict):
         return value
+    if not isinstance(value, str):
+        raise ValueError
     pairs = [pair.split("=", 1) for pair in value.split(",") if pair]
     return {key.strip(): yaml.safe_load(text) for key, text in pairs}

@@ -216,7 +216,7 @@ def test_sharded_weights_are_gathered_whole_and_norms_are_of_all_shards(fast_res
 def test_parallel_needs_torchrun_and_torchrun_needs_parallel(monkeypatch):
     with pytest.raises(ValueError, match="torchrun has not started this process"):
         join_world("ddp", torch.device("cpu"))
-    with pytest.raises(ValueError, match="parallel must be one of none, ddp, fsdp2, got 'dp'"):
+    with pytest.raises(ValueError, match="parallel must be one of none, ddp, fsdp2, context, got 'dp'"):
         join_world("dp", torch.device("cpu"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes, but parallel is none"):
