@@ -19,7 +19,7 @@ from refine.models.causal_lm import FastWeightConfig, FastWeightForCausalLM
 from refine.models.lact_state import LaCTLayerState, LaCTMemory, LaCTSettings, LaCTTokens, LaCTTrace
 from refine.models.rotary import rotary_angles, rotate
 from refine.models.window_attention import window_attention
-from refine_kernels.lact import LaCTWeights, Widths, lact_apply, lact_scan
+from refine_kernels.lact import LaCTWeights, Widths, lact_apply, lact_finish, lact_prepare, lact_scan
 from refine_kernels.lact.layout import count_entries
 
 BASE_RATE = 1e-3  # softplus(BASE_RATE_SHIFT), the learning rate of a token that asks for nothing
@@ -70,6 +70,11 @@ class LaCTConfig(FastWeightConfig):
             raise ValueError(
                 "hidden_size / num_attn_heads must be even, as positions are rotated in pairs: "
                 f"got {hidden_size} / {num_attn_heads}"
+            )
+        if not ttt_nope and num_attn_heads % num_lact_heads:
+            raise ValueError(
+                "num_attn_heads must be a multiple of num_lact_heads, as positions are rotated by attention heads: "
+                f"got {num_attn_heads} and {num_lact_heads}"
             )
         for name, size in (("lact_chunk_size", lact_chunk_size), ("window_size", window_size)):
             if not isinstance(size, int) or size < 1:
@@ -245,35 +250,21 @@ class LaCTAttention(nn.Module):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        scale, offset = self.qk_scale.to(q.dtype), self.qk_offset.to(q.dtype)
-        fast_q = torch.addcmul(offset[:, 0], q, scale[:, 0])
-        fast_k = torch.addcmul(offset[:, 1], k, scale[:, 1])
-        fast_v = v
-        if self.config.qkv_silu:
-            fast_q, fast_k = F.silu(fast_q), F.silu(fast_k)
-            fast_v = fast_v if self.config.no_v_silu else F.silu(fast_v)
-        angles = rotary_angles(position, self.head_dim, self.config.rope_theta)
-        fast_q, fast_k = (self._by_fast_head(self._unit(z), angles) for z in (fast_q, fast_k))
-        q, k, v = (rearrange(z, "b t (h d) -> b t h d", d=self.head_dim) for z in (q, k, v))
-        new = LaCTTokens(rotate(k, angles), v, fast_k, self._split_fast(fast_v), self._rates(x))
-        return rotate(q, angles), fast_q, new
-
-    def _unit(self, x: torch.Tensor) -> torch.Tensor:
-        """Fast heads brought to length 1: [B, T, hidden] -> the same."""
-        heads = x.unflatten(-1, (self.config.num_lact_heads, -1))
-        norm = torch.linalg.vector_norm(
-            heads, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
+        cos, sin = rotary_angles(position, self.head_dim, self.config.rope_theta)
+        fast_q, fast_k, fast_v = lact_prepare(
+            q,
+            k,
+            v,
+            self.qk_scale,
+            self.qk_offset,
+            None if self.config.ttt_nope else (cos[..., 0, :], sin[..., 0, :]),
+            num_heads=self.config.num_lact_heads,
+            silu=self.config.qkv_silu,
+            v_silu=self.config.qkv_silu and not self.config.no_v_silu,
         )
-        return (heads / (norm + NORM_EPS)).to(x.dtype).flatten(-2)
-
-    def _by_fast_head(self, x: torch.Tensor, angles) -> torch.Tensor:
-        """Rotate as window heads, regroup as fast heads: [B, T, hidden] -> [B, H, T, D]."""
-        if not self.config.ttt_nope:
-            x = rotate(x.unflatten(-1, (-1, self.head_dim)), angles).flatten(-2)
-        return self._split_fast(x)
-
-    def _split_fast(self, x: torch.Tensor) -> torch.Tensor:
-        return rearrange(x, "b t (h d) -> b h t d", h=self.config.num_lact_heads).contiguous()
+        q, k, v = (rearrange(z, "b t (h d) -> b t h d", d=self.head_dim) for z in (q, k, v))
+        new = LaCTTokens(rotate(k, (cos, sin)), v, fast_k, fast_v, self._rates(x))
+        return rotate(q, (cos, sin)), fast_q, new
 
     def _rates(self, x: torch.Tensor) -> torch.Tensor:
         """[B, H, T, 3 or 4] in float32 at least: the rates of w0, w1 and w2, and the momentum's."""
@@ -298,10 +289,9 @@ class LaCTAttention(nn.Module):
 
     def _merge(self, x: torch.Tensor, attended: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
         """[B, T, hidden] of the attention's output [B, T, heads, head_dim] and the fast weights' [B, H, T, D]."""
-        y = self.ttt_norm(o.transpose(1, 2).contiguous())  # [B, T, H, D]
-        if self.ttt_scale_proj is not None:
-            y = y * F.silu(self.ttt_scale_proj(x))[..., None]
-        return self.o_proj(attended.flatten(-2) + y.flatten(-2))
+        gate = None if self.ttt_scale_proj is None else self.ttt_scale_proj(x)
+        y = lact_finish(o, attended.flatten(-2), self.ttt_norm.weight, gate, eps=NORM_EPS)
+        return self.o_proj(y)
 
 
 def join_states(parts: list[LaCTLayerState], order: torch.Tensor) -> LaCTLayerState:
