@@ -24,7 +24,7 @@ from refine.method.step import next_token_targets
 from refine.models import new_model
 from refine.models.head import HiddenOnly, NextTokenLoss
 
-# glibc gives freed pages back to the kernel and takes them again; at 16,384 tokens that costs more than the branches
+# glibc gives freed pages back and takes them again, which at 16,384 tokens costs more than the branches do
 KEEP_PAGES = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**33)}
 WAYS = ("sft", "shared_prefix", "per_prefix")
 
