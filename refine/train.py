@@ -60,8 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not _is_out_of_memory(error):
             raise
         print(
-            f"refine.train: out of memory ({str(error).splitlines()[0]}); what was written is intact. Try a smaller "
-            "per_device_train_batch_size, gradient_checkpointing, segment_length, or parallel fsdp2",
+            f"refine.train: out of memory ({str(error).splitlines()[0]}); what was written is intact. "
+            "Try a smaller per_device_train_batch_size, gradient_checkpointing, segment_length, or parallel fsdp2",
             file=sys.stderr,
         )
         return 1
