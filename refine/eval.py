@@ -1,109 +1,230 @@
-"""``python -m refine.eval``: measure a model on held-out text and on in-context recall.
+"""``python -m refine.eval``: the story of an evaluation, from settings to a table.
 
-Tasks: ``held_out`` (next-token loss and accuracy, and the rewards of rollouts, on text that training does not
-see), ``copying`` (random tokens that come a second time) and ``recall`` (questions about generated documents whose
-answers stood long before).
+Two kinds of tasks. *Measures* look at the model's predictions of given text: ``held_out`` (next-token loss and
+accuracy, and the rewards of rollouts), ``copying`` and ``recall``. The others are *answered* in the model's own
+words, greedily, and may come after training on the prompts themselves: RULER's needles in haystacks (``niah``) and
+question answering (``ruler_qa``), LongBench (``longbench``).
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import torch
 from transformers.utils.logging import disable_progress_bar
 
-from refine.evaluation.held_out import evaluate_held_out
+from refine.evaluation.answers import answer_items
+from refine.evaluation.held_out import held_out_by_document
+from refine.evaluation.metrics import wilson_interval
+from refine.evaluation.predictions import Predictions, PredictionsError, fingerprint
 from refine.evaluation.recall import evaluate_copying, evaluate_recall
+from refine.evaluation.report import (
+    average_scores,
+    draw_heat_maps,
+    score_predictions,
+    score_records,
+    table,
+    versions,
+)
+from refine.evaluation.settings import FREE_ON_RESUME, EvalSettings, parse_settings
+from refine.evaluation.tasks.haystack import find_essay
+from refine.evaluation.tasks.item import Item
+from refine.evaluation.tasks.longbench import PREFIX, longbench_items
+from refine.evaluation.tasks.niah import NIAH_TASKS, SAMPLES, NiahGenerator, TokenCounter
+from refine.evaluation.tasks.qa import qa_items
+from refine.evaluation.tasks.rows import BadRows, Columns
+from refine.evaluation.tasks.words import find_words
 from refine.training.data import DataError, held_out_stream
 from refine.training.parts import choose_device, data_config, load_parts
 from refine.training.recall import recall_items
 from refine.training.settings import SettingsError, TrainSettings
 
-TASKS = ("held_out", "copying", "recall")
+DOCUMENTS = 96  # of a measure
 COPY_DISTANCES = (32, 64, 128)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Evaluate from the command line; prints a table and, with ``--output_dir``, writes results.json."""
-    options = _parser().parse_args(arguments)
-    disable_progress_bar()
+    """Run from the command line; 0 when it ended well, 2 with one sentence when it could not begin."""
+    disable_progress_bar()  # of loading
     try:
-        for task in options.tasks:
-            if task not in TASKS:
-                raise SettingsError(f"tasks must be of {', '.join(TASKS)}, got {task!r}")
-        settings = TrainSettings(
-            model_name_or_path=options.model,
-            dataset_name_or_path=options.dataset_name_or_path,
-            eval_dataset_name_or_path=options.dataset_name_or_path,
-            max_length=options.max_length,
-            eval_samples=options.samples,
-            seed=options.seed,
-            device=options.device,
-        )
-        if settings.eval_samples < 1:
-            raise SettingsError(f"samples must be at least 1, got {settings.eval_samples}")
-        if min(options.recall_tokens) < 64:
-            raise SettingsError(f"recall_tokens must be at least 64 each, got {min(options.recall_tokens)}")
-        device = choose_device(settings)
-        model, tokenizer = load_parts(settings, None)
-        model.to(device)
-        results: dict[str, float] = {}
-        if "held_out" in options.tasks:
-            stream = held_out_stream(data_config(settings), tokenizer)
-            results |= evaluate_held_out(
-                model, islice(stream.batches(1), settings.eval_samples), settings, settings.seed
-            )
-        if "copying" in options.tasks:
-            for distance in COPY_DISTANCES:
-                found = evaluate_copying(model, len(tokenizer), distance, options.samples, options.seed)
-                results |= {name.replace("_", f"_{distance}_", 1): value for name, value in found.items()}
-        if "recall" in options.tasks:
-            for tokens in options.recall_tokens:
-                results |= _recall(model, tokenizer, settings, tokens)
-    except (SettingsError, DataError, FileNotFoundError) as error:
+        settings = parse_settings(sys.argv[1:] if arguments is None else arguments)
+        evaluate(settings)
+    except (SettingsError, DataError, PredictionsError, FileNotFoundError) as error:
         print(f"refine.eval: {error}", file=sys.stderr)
         return 2
-    for name, value in results.items():
-        print(f"{name:<24}{value:>12,}" if isinstance(value, int) else f"{name:<24}{value:>12.4f}")
-    if options.output_dir:
-        folder = Path(options.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        record = {"model": options.model, "results": results, "torch": torch.__version__}
-        record["settings"] = dataclasses.asdict(settings)
-        (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except KeyboardInterrupt:
+        print("refine.eval: stopped; answers in output_dir are whole, go on with --resume", file=sys.stderr)
+        return 130
     return 0
 
 
-def _recall(model, tokenizer, settings: TrainSettings, tokens: int) -> dict[str, float]:
-    """Recall over documents of about so many tokens; the names of the results carry the number."""
-    sample = [item.prompt for item in recall_items(settings.seed, 8, 4 * tokens)]
+def evaluate(settings: EvalSettings) -> dict[str, Any]:
+    """Evaluate as told; returns what results.json holds.
+
+    Raises:
+        SettingsError, DataError, PredictionsError, FileNotFoundError: something about the settings, the data,
+            the model or earlier predictions is wrong; raised before any answer.
+    """
+    loading = _loading(settings)
+    device = choose_device(loading)
+    model, tokenizer = load_parts(loading, None)
+    model.to(device).eval()
+    bad = BadRows()
+    items = _items(settings, tokenizer, bad)
+    for sentence in bad.describe():
+        print(f"refine.eval: {sentence}", file=sys.stderr)
+    folder = None if settings.output_dir is None else Path(settings.output_dir)
+    identity = _identity(settings, model) if items else {}
+    predictions = Predictions(
+        folder if items else None, identity, resume=settings.resume, overwrite=settings.overwrite_output_dir
+    )
+    if predictions.lines:
+        print(f"going on: {len(predictions.lines)} of {len(items)} samples are answered")
+
+    results, intervals = _measure(model, tokenizer, settings, loading)
+    for name, value in results.items():
+        print(f"{name:<28}{value:>12,}" if isinstance(value, int) else f"{name:<28}{value:>12.4f}")
+
+    trainer = answer_items(model, tokenizer, items, settings, predictions) if items else None
+    predictions.close()
+    lines = [predictions.lines[item.key] for item in items]
+    scores = score_predictions(lines, trainer is not None)
+    averages = average_scores(scores)
+    if scores:
+        print("\n".join(table(scores, averages)))
+        _say_counts(scores, bad, trainer)
+    for score in (*scores, *averages):
+        results[score.name] = score.score
+        intervals[score.name] = score.interval
+
+    record = {
+        "model": settings.model,
+        "results": results,
+        "intervals": intervals,
+        "scores": score_records(scores),
+        "averages": score_records(averages),
+        "bad_rows": bad.count,
+        "skipped_updates": 0 if trainer is None else trainer.skipped,
+        "settings": dataclasses.asdict(settings),
+        "versions": versions(),
+    } | identity.get("sources", {})
+    if folder is not None:
+        _write(folder, record, lines)
+    return record
+
+
+def _loading(settings: EvalSettings) -> TrainSettings:
+    """The part that training knows how to do: load a model, read a held-out text."""
+    names = {f.name for f in dataclasses.fields(TrainSettings)} & {
+        f.name for f in dataclasses.fields(settings)
+    }
+    given = {name: getattr(settings, name) for name in names - {"output_dir", "overwrite_output_dir"}}
+    return TrainSettings(
+        **given,
+        model_name_or_path=settings.model,
+        eval_dataset_name_or_path=settings.dataset_name_or_path,
+    )
+
+
+def _items(settings: EvalSettings, tokenizer, bad: BadRows) -> list[Item]:
+    """Every sample to be answered, by task and length."""
+    items: list[Item] = []
+    columns = Columns(settings.prompt_column, settings.answer_column, settings.task_column)
+    rest = {"bad": bad, "samples": settings.samples, "max_prompt_length": settings.max_prompt_length}
+    try:
+        counter, essay = TokenCounter(tokenizer), None
+        for name in [task for task in settings.tasks if task in NIAH_TASKS]:
+            if NIAH_TASKS[name].haystack == "essay":
+                essay = find_essay(settings.essay_file)
+            for length in settings.lengths:
+                generator = NiahGenerator(NIAH_TASKS[name], counter, length, essay, settings.seed)
+                items += generator.items(settings.samples or SAMPLES)
+        if asked := [task for task in settings.tasks if task.startswith("ruler_")]:
+            of = None if "ruler_qa" in asked else asked
+            items += qa_items(settings.ruler_qa_files, columns, tokenizer, tasks=of, **rest)
+        if asked := [task.removeprefix(PREFIX) for task in settings.tasks if task.startswith(PREFIX)]:
+            items += longbench_items(settings.longbench_files, columns, tokenizer, tasks=asked, **rest)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    order = {(item.task, item.length): None for item in items}  # rows of one task may lie apart in the files
+    place = {group: number for number, group in enumerate(order)}
+    return sorted(items, key=lambda item: place[item.task, item.length])
+
+
+def _identity(settings: EvalSettings, model) -> dict[str, Any]:
+    """What answers follow from: all settings but those that change none, the weights, the texts."""
+    chosen = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE_ON_RESUME}
+    chosen |= {"model_fingerprint": fingerprint(model)}
+    needles = [NIAH_TASKS[task] for task in settings.tasks if task in NIAH_TASKS]
+    sources = {"words": find_words().source} if needles else {}
+    if any(task.haystack == "essay" for task in needles):
+        sources["essay"] = find_essay(settings.essay_file).source
+    return chosen | {"sources": sources}
+
+
+def _measure(model, tokenizer, settings: EvalSettings, loading: TrainSettings) -> tuple[dict, dict]:
+    """The measures asked for, and their 95 % intervals."""
+    results: dict[str, float] = {}
+    intervals: dict[str, tuple[float, float]] = {}
+    count = settings.samples or DOCUMENTS
+    if "held_out" in settings.tasks:
+        stream = held_out_stream(data_config(loading), tokenizer)
+        documents = islice(stream.batches(1), count)
+        results, intervals = held_out_by_document(model, documents, settings, settings.seed)
+    if "copying" in settings.tasks:
+        for distance in COPY_DISTANCES:
+            found = evaluate_copying(model, len(tokenizer), distance, count, settings.seed)
+            results |= {name.replace("_", f"_{distance}_", 1): value for name, value in found.items()}
+            intervals[f"copy_{distance}_accuracy"] = wilson_interval(found["copy_accuracy"], count)
+    if "recall" in settings.tasks:
+        for tokens in settings.recall_tokens:
+            found = _recall(model, tokenizer, settings.seed, count, tokens)
+            results |= {
+                name.replace("recall_", f"recall_{tokens}_", 1): value for name, value in found.items()
+            }
+            intervals[f"recall_{tokens}_accuracy"] = wilson_interval(found["recall_accuracy"], count)
+    return results, intervals
+
+
+def _recall(model, tokenizer, seed: int, count: int, tokens: int) -> dict[str, float]:
+    """Recall over documents of about so many tokens."""
+    sample = [item.prompt for item in recall_items(seed, 8, 4 * tokens)]
     per_token = sum(map(len, sample)) / sum(len(tokenizer(text)["input_ids"]) for text in sample)
-    items = recall_items(settings.seed, settings.eval_samples, int(per_token * tokens))
-    found = evaluate_recall(model, tokenizer, items)
-    return {name.replace("recall_", f"recall_{tokens}_", 1): value for name, value in found.items()}
+    return evaluate_recall(model, tokenizer, recall_items(seed, count, int(per_token * tokens)))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m refine.eval", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--model", default=None, help="a folder or a hub name (default: the package's tiny model)"
-    )
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=", ".join(TASKS))
-    parser.add_argument("--dataset_name_or_path", default=None, help="text for held_out (default: our own)")
-    parser.add_argument("--max_length", type=int, default=2048, help="tokens a document")
-    parser.add_argument(
-        "--recall_tokens", nargs="+", type=int, default=[128, 512, 2048], help="lengths of recall documents"
-    )
-    parser.add_argument("--samples", type=int, default=96, help="documents a task")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--output_dir", default=None, help="where to write results.json")
-    return parser
+def _say_counts(scores, bad: BadRows, trainer) -> None:
+    """What was not as asked for."""
+    for count, what in (
+        (
+            sum(score.cut_prompts for score in scores),
+            "prompts were over max_prompt_length and cut in the middle",
+        ),
+        (bad.count, "bad rows were left out"),
+        (sum(score.not_trained for score in scores), "prompts were too short for test-time training"),
+        (
+            0 if trainer is None else trainer.skipped,
+            "updates were skipped: a loss or gradient was not finite",
+        ),
+    ):
+        if count:
+            print(f"{count} {what}")
+
+
+def _write(folder: Path, record: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / "results.json.partial"
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        partial.replace(folder / "results.json")
+        if draw_heat_maps(lines, folder / "niah.png"):
+            print(f"picture  {folder / 'niah.png'}")
+    except OSError as error:
+        raise PredictionsError(f"output_dir {str(folder)!r} cannot be written: {error.strerror}") from error
 
 
 if __name__ == "__main__":

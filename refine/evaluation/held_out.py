@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 from refine.method.config import RefineConfig
@@ -54,3 +55,31 @@ def evaluate_held_out(model, batches: Iterable, config: RefineConfig, seed: int 
         "eval_tokens": int(sums["tokens"]),
         "eval_sequences": int(sums["sequences"]),
     }
+
+
+def held_out_by_document(
+    model, batches: Iterable, config: RefineConfig, seed: int = 0
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """The numbers of :func:`evaluate_held_out` over batches of one document each, and their 95 % intervals.
+
+    Documents differ far more than the tokens of one, so the intervals are percentiles of 2,000 resamplings of
+    documents (bootstrap). With a single document there are none.
+    """
+    found = [evaluate_held_out(model, [batch], config, seed) for batch in batches]
+    if not found:
+        raise ValueError("there is no held-out text to evaluate on")
+    tokens = np.array([one["eval_tokens"] for one in found], dtype=np.float64)
+    drawn = np.random.default_rng(0).integers(len(found), size=(2000, len(found)))
+    result, intervals = {}, {}
+    for name, weight in (
+        ("eval_loss", tokens),
+        ("eval_accuracy", tokens),
+        ("eval_cosine", np.ones_like(tokens)),
+        ("eval_exact_match", np.ones_like(tokens)),
+    ):
+        values = np.array([one[name] for one in found])
+        result[name] = float(np.average(values, weights=weight))
+        if len(found) > 1:
+            means = (values * weight)[drawn].sum(1) / weight[drawn].sum(1)
+            intervals[name] = tuple(np.percentile(means, [2.5, 97.5]).tolist())
+    return result | {"eval_tokens": int(tokens.sum()), "eval_sequences": len(found)}, intervals

@@ -102,7 +102,7 @@ def test_eval_command_prints_and_writes(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "reecall"], "tasks must be of held_out, copying, recall, got 'reecall'"),
+        (["--tasks", "reecall"], "there is no task 'reecall': did you mean 'recall'"),
         (["--model", "no/model"], "no/model"),
         (["--samples", "0"], "samples must be at least 1"),
         (["--recall_tokens", "8"], "recall_tokens must be at least 64"),

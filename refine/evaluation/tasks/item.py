@@ -1,0 +1,68 @@
+"""What a task hands to those who answer and score: items that make their prompts when they are asked to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question, ready to be read.
+
+    Attributes:
+        ids: [P] int32, with the tokens that the tokenizer puts at a beginning.
+        references: what is scored against.
+        depths: for needles, where each reference stands in the context, in percent.
+        cut: the middle was left out to keep within the limit.
+    """
+
+    ids: np.ndarray
+    references: tuple[str, ...]
+    depths: tuple[float, ...] | None = None
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample of a task.
+
+    Attributes:
+        key: unique within an evaluation and the same in every run with the same settings.
+        task: as reported.
+        length: tokens that prompts of this kind may have, where the task has several; else None.
+        score: of an answer, given the references.
+        max_new_tokens: the answer's longest.
+        make: the prompt; costs tokenising, so it waits until it is needed.
+        source: where the sample comes from, for people.
+    """
+
+    key: str
+    task: str
+    length: int | None
+    score: Callable[[str, tuple[str, ...]], float]
+    max_new_tokens: int
+    make: Callable[[], Prompt]
+    source: str
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a prompt: with the beginning that the tokenizer adds, without an end, which would say that
+    there is nothing to come."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def cut_middle(ids: list[int], limit: int) -> list[int]:
+    """At most ``limit`` tokens: the first and the last half, since the question stands at one end of a prompt
+    or the other."""
+    if len(ids) <= limit:
+        return ids
+    head = limit // 2
+    return ids[:head] + ids[len(ids) - (limit - head) :]

@@ -1,0 +1,146 @@
+"""Prompts and references from .jsonl and .parquet files that a user names: the good rows, and what is wrong
+with the others."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_KINDS = (".jsonl", ".parquet")
+_ANSWER_COLUMNS = ("answers", "answer", "outputs")  # the first that a file has
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where files keep what; ``answer`` None: the first of answers, answer and outputs that is there."""
+
+    prompt: str = "prompt"
+    answer: str | None = None
+    task: str = "task"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A good row.
+
+    Attributes:
+        key: unique among the rows of all files.
+        source: the file's name and the row's number, for people.
+        task: from its column, else the file's name without what follows the last underscore and digit.
+        values: everything that the row holds.
+    """
+
+    key: str
+    source: str
+    task: str
+    prompt: str
+    references: tuple[str, ...]
+    values: dict[str, Any]
+
+
+@dataclass
+class BadRows:
+    """Rows that are left out: how many, and the reasons of the first few."""
+
+    count: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+    def add(self, source: str, reason: str) -> None:
+        self.count += 1
+        if self.count <= _SHOWN:
+            self.reasons.append(f"{source} is left out: {reason}")
+
+    def describe(self) -> list[str]:
+        """One line a reason."""
+        more = self.count - len(self.reasons)
+        return self.reasons + ([f"{more} more rows are left out"] if more else [])
+
+
+def read_rows(paths: Sequence[str], setting: str, columns: Columns, bad: BadRows) -> Iterator[Row]:
+    """The good rows of files and folders, in the order given; the others are noted in ``bad``.
+
+    Raises:
+        ValueError: a file is not there, cannot be read, or lacks a column.
+    """
+    for number, path in enumerate(_files(paths, setting)):
+        rows = list(_records(path, setting))
+        present = {name for row in rows if isinstance(row, dict) for name in row}
+        if rows and not present:
+            raise ValueError(f"{setting}: no row of {path} can be read")
+        answer = columns.answer or next((name for name in _ANSWER_COLUMNS if name in present), "answers")
+        for column in (columns.prompt, answer):
+            if rows and column not in present:
+                raise ValueError(f"{path} has no column {column!r}; it has {', '.join(sorted(present))}")
+        for i, values in enumerate(rows, 1):
+            source = f"row {i} of {path.name}"
+            if not isinstance(values, dict):
+                bad.add(source, "it is not a JSON object")
+                continue
+            prompt, references = values.get(columns.prompt), _references(values.get(answer))
+            if not isinstance(prompt, str) or not prompt.strip():
+                bad.add(source, f"no prompt in column {columns.prompt!r}")
+            elif not references:
+                bad.add(source, f"no answer in column {answer!r}")
+            else:
+                task = values.get(columns.task)
+                task = task if isinstance(task, str) and task else re.sub(r"_\d.*$", "", path.stem)
+                yield Row(f"{number}:{i}", source, task, prompt, references, values)
+
+
+def whole_number(value: Any) -> int | None:
+    """A row's number of tokens, if it is one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        return None
+    return int(value) if value >= 1 else None
+
+
+def _references(value: Any) -> tuple[str, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(text for text in values if isinstance(text, str) and text.strip())
+
+
+def _files(paths: Sequence[str], setting: str) -> list[Path]:
+    found = []
+    for name in paths:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in _KINDS)
+            if not inside:
+                raise ValueError(f"{setting}: the folder {name!r} holds no {' or '.join(_KINDS)} file")
+            found += inside
+        elif not path.is_file():
+            raise ValueError(f"{setting}: there is no file {name!r}")
+        elif path.suffix.lower() not in _KINDS:
+            raise ValueError(f"{setting} takes {' and '.join(_KINDS)} files, got {name!r}")
+        else:
+            found.append(path)
+    return found
+
+
+def _records(path: Path, setting: str) -> Iterator[Any]:
+    """The rows of a file; None for one that cannot be read."""
+    if path.suffix.lower() == ".parquet":
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise ValueError(
+                f"{setting}: reading {path} needs the extra 'data' (pip install 'refine-fast-weights[data]')"
+            ) from error
+        try:
+            yield from pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{path} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except (ValueError, RecursionError):
+                    yield None
