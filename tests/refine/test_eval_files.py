@@ -1,4 +1,4 @@
-"""Question answering and LongBench from files: which rows count, how they are scored, what is wrong with the rest."""
+"""Question answering and LongBench from files: which rows count, their scores, what is wrong with the rest."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write(path: Path, rows: list) -> str:
 
 def test_rows_of_two_files_by_task_and_length(tmp_path, tokenizer):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pytest.importorskip("pyarrow.parquet")
 
     first = {"prompt": ["Who? Answer:", "Where?"], "answer": [["Ann"], ["here", "there"]]}
     pyarrow.parquet.write_table(
