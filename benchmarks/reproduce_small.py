@@ -39,7 +39,7 @@ COMMON = {
     "recall_weight": 0.5,
     "max_length": LENGTH,
     "per_device_train_batch_size": 2,
-    "lr_scheduler_type": "constant_with_warmup",
+    "lr_scheduler_type": "linear",
     "warmup_steps": 10,
     "max_grad_norm": 1.0,
     "eval_samples": 0,
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run all arms, or one (``--one``, what the others are started as)."""
     parser = argparse.ArgumentParser(prog="benchmarks.reproduce_small", description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "reproduce-small")
-    parser.add_argument("--steps", type=int, default=200, help="updates of every arm")
+    parser.add_argument("--steps", type=int, default=160, help="updates of every arm")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))

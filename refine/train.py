@@ -334,6 +334,8 @@ def _update(
                         "old_logprobs": draw.logprobs,
                         "advantages": draw.advantages,
                     }
+                    if settings.rollout_stop_entropy is not None:
+                        given["rollout_lengths"] = draw.rollout_lengths
                 output = _refine(model, batch, settings, step, **given)
                 loss = output.loss
                 found = {
@@ -346,6 +348,7 @@ def _update(
                     "exact_match": output.exact_match.mean(),
                     "entropy": output.entropy[batch.attention_mask.bool()].mean(),
                     "clip_fraction": output.clip_fraction,
+                    "rollout_length": output.rollout_lengths.float().mean(),
                 }
         with accumulating(model, last=batch is mini_batch[-1]):
             (loss / len(mini_batch)).backward()

@@ -18,14 +18,14 @@ from refine_kernels.linear_logprob import mix_seeds
 def evaluate_held_out(model, batches: Iterable, config: RefineConfig, seed: int = 0) -> dict[str, float]:
     """Measure a model on right-padded batches.
 
-    Rollout positions are uniform and every draw follows from ``seed`` and the sequence alone, so two models
-    are compared at the same places of the same text.
+    Rollouts have ``config.rollout_length`` tokens at uniform positions, and every draw follows from ``seed`` and
+    the sequence alone, so two models are compared at the same places of the same text.
 
     Returns:
         ``eval_loss`` (nats a token) and ``eval_accuracy`` over all valid targets; ``eval_cosine`` and
         ``eval_exact_match``, means over rollouts; ``eval_tokens`` and ``eval_sequences``, how many there were.
     """
-    config = dataclasses.replace(config, selection="uniform", step="shared_prefix")
+    config = dataclasses.replace(config, selection="uniform", step="shared_prefix", rollout_stop_entropy=None)
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device

@@ -23,6 +23,9 @@ class RefineConfig:
             ``discounted_cosine`` (early tokens weigh more), or ``module:function`` for one of your own.
         selection: ``entropy``, ``uniform``, ``argmax`` or ``argmin``.
         selection_temperature: tau of the softmax over smoothed entropies.
+        rollout_stop_entropy: a rollout ends before the first token, from its second on, whose prediction has
+            an entropy under this (nats, at ``temperature``). Rewards, group statistics and the loss are of what
+            was generated until then. None: always ``rollout_length`` tokens.
         lambda_sft: weight of the next-token loss.
         lambda_rl: weight of the next-sequence loss; 0 makes the step plain SFT.
         temperature: of the policy, in sampling and in log-probs.
@@ -42,6 +45,7 @@ class RefineConfig:
     reward: str = "cosine"
     selection: str = "entropy"
     selection_temperature: float = 1.0
+    rollout_stop_entropy: float | None = None
     lambda_sft: float = 1.0
     lambda_rl: float = 0.2
     temperature: float = 1.0
@@ -63,6 +67,10 @@ class RefineConfig:
                 raise ValueError(f"{name} must be over 0, got {getattr(self, name)!r}")
         if not self.dual_clip > 1:
             raise ValueError(f"dual_clip must be over 1, got {self.dual_clip!r}")
+        if self.rollout_stop_entropy is not None and not self.rollout_stop_entropy > 0:
+            raise ValueError(
+                f"rollout_stop_entropy must be over 0 or none, got {self.rollout_stop_entropy!r}"
+            )
         for name, allowed in (("selection", SELECTIONS), ("step", STEPS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

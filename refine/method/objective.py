@@ -27,8 +27,10 @@ def policy_loss(
     old_logprobs: torch.Tensor,  # [B, c, n, k] float32, of the policy that sampled
     advantages: torch.Tensor,  # [B, c, n]
     config: RefineConfig,
+    lengths: torch.Tensor | None = None,  # [B, c, n], tokens of each rollout that count; None: all k
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The clipped policy-gradient loss, mean over tokens, and the share of tokens at which it is clipped.
+    """The clipped policy-gradient loss, mean over a sequence's tokens, then over sequences, and the share of
+    tokens at which it is clipped.
 
     PPO's clip (arXiv 1707.06347, Eq. 7) with the dual clip for negative advantages (arXiv 1912.09729, Eq. 5);
     no KL term, no entropy bonus.
@@ -41,4 +43,12 @@ def policy_loss(
     bound = -gain * config.dual_clip
     dual = (gain < 0) & (loss > bound)
     loss = torch.where(dual, bound, loss)
-    return loss.mean(), ((clipped > plain) | dual).float().mean()
+    hit = ((clipped > plain) | dual).to(loss.dtype)
+    if lengths is None:
+        return loss.mean(), hit.mean()
+    counted = torch.arange(loss.shape[-1], device=loss.device) < lengths[..., None]  # [B, c, n, k]
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return (torch.where(counted, x, 0.0).sum((1, 2, 3)) / counted.sum((1, 2, 3))).mean()
+
+    return mean(loss), mean(hit)

@@ -35,6 +35,7 @@ class Branches:
     start: torch.Tensor  # [R] position
     tokens: torch.Tensor  # [R, k]
     temperature: float
+    entropy: bool  # whether the entropies of their predictions are needed
 
 
 @dataclass
@@ -51,6 +52,7 @@ class SegmentedPass:
     logprobs: torch.Tensor | None = None  # [R, k]
     predicted: torch.Tensor | None = None  # [R, k, D]
     true: torch.Tensor | None = None  # [B c, k, D]
+    sureness: torch.Tensor | None = None  # [R, k], entropies of the rollouts' predictions, where asked for
 
 
 @dataclass
@@ -144,13 +146,17 @@ def read_with_rollouts(
     given = None if rollouts is None else rollouts.reshape(-1, k)
     seed = rollout_seeds(seeds, c, n, k).view(-1, k)
     empty = torch.zeros(len(row), k, dtype=torch.int64, device=input_ids.device)
-    reading.branches = Branches(row, start, empty if given is None else given, config.temperature)
-    logprobs, predicted, true = _roll_out(reading, seed, given is None)
+    reading.branches = Branches(
+        row, start, empty if given is None else given, config.temperature,
+        config.rollout_stop_entropy is not None,
+    )  # fmt: skip
+    logprobs, predicted, true, sureness = _roll_out(reading, seed, given is None)
     ntp_loss, logprobs = _attach(reading, ntp_loss, logprobs)
     first_of_each = torch.arange(batch * c, device=row.device) * n
     return SegmentedPass(
-        ntp_loss, entropy, positions, reading.branches.tokens, logprobs, predicted, true[first_of_each]
-    )
+        ntp_loss, entropy, positions, reading.branches.tokens, logprobs, predicted, true[first_of_each],
+        sureness if reading.branches.entropy else None,
+    )  # fmt: skip
 
 
 def _start(model, input_ids, targets, row_weight, segment_length, state_stride, relay) -> _Reading:
@@ -202,11 +208,10 @@ def _sweep(reading: _Reading, entropy: bool) -> tuple[torch.Tensor, torch.Tensor
 
 
 @torch.no_grad()
-def _roll_out(
-    reading: _Reading, seed: torch.Tensor, sample: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sample where asked, and the log-probs [R, k], hidden states [R, k, D] and true hidden states [R, k, D] of
-    all branches. Only segments that hold a position are read; where any process has one, all read.
+def _roll_out(reading: _Reading, seed: torch.Tensor, sample: bool) -> tuple[torch.Tensor, ...]:
+    """Sample where asked, and the log-probs [R, k], hidden states [R, k, D], true hidden states [R, k, D] and
+    entropies [R, k] (zero unless asked for) of all branches. Only segments that hold a position are read; where
+    any process has one, all read.
     """
     branches, model = reading.branches, reading.model
     k = branches.tokens.shape[1]
@@ -230,6 +235,7 @@ def _roll_out(
                 hidden.new_zeros(shape[:2], dtype=torch.float32),
                 hidden.new_zeros(shape),
                 hidden.new_zeros(shape),
+                hidden.new_zeros(shape[:2], dtype=torch.float32),
             )
         row, inside = _places(branches, mine, start)
         state = output.trace.gather(row, inside)
@@ -238,14 +244,18 @@ def _roll_out(
         if sample:
             seeds = seed[mine] if len(mine) else seed[:1]
             tokens = sample_rollouts(model, state, context, seeds, branches.temperature)
-        predicted, logprob = _branch_pass(model, state, context, tokens, branches.temperature)
+        predicted, logprob, entropy = _branch_pass(
+            model, state, context, tokens, branches.temperature, branches.entropy
+        )
         if len(mine):
             branches.tokens[mine] = tokens
-            logprobs, predictions, true = found
-            logprobs = found[0].to(logprob.dtype)
+            logprobs, predictions, true, sureness = found
+            logprobs, sureness = logprobs.to(logprob.dtype), sureness.to(logprob.dtype)
             logprobs[mine], predictions[mine] = logprob, predicted
+            if entropy is not None:
+                sureness[mine] = entropy
             true[mine] = hidden[row[:, None], inside[:, None] + torch.arange(k, device=row.device)]
-            found = logprobs, predictions, true
+            found = logprobs, predictions, true, sureness
     return found if reading.relay is None else _gather(reading, found, sample)
 
 
@@ -257,7 +267,7 @@ def _gather(reading: _Reading, found: tuple | None, sample: bool) -> tuple[torch
         shape = branches.tokens.shape
         logprobs = torch.zeros(shape, device=branches.row.device)
         hidden = torch.zeros(*shape, width, device=branches.row.device, dtype=_dtype_of(reading.model))
-        found = logprobs, hidden, hidden.clone()
+        found = logprobs, hidden, hidden.clone(), logprobs.clone()
     if sample:
         relay.sum(branches.tokens)
     return tuple(relay.sum(x) for x in found)
@@ -278,12 +288,15 @@ def _places(branches: Branches, mine: torch.Tensor, start: int) -> tuple[torch.T
     return branches.row[mine], branches.start[mine] - start
 
 
-def _branch_pass(model, state, context, tokens, temperature) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states [M, k, D] after each token of the branches, and the tokens' log-probs [M, k]."""
+def _branch_pass(
+    model, state, context, tokens, temperature, entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Hidden states [M, k, D] after each token of the branches, the tokens' log-probs [M, k], and the entropies
+    [M, k] of what predicted them, if asked for."""
     predicted = model(tokens, past_key_values=state, use_cache=False, head=HiddenOnly()).last_hidden_state
     predicting = torch.cat([context[:, None], predicted[:, :-1]], dim=1)
-    logprob = model(hidden_states=predicting, head=TokenLogprob(tokens, temperature)).logprob
-    return predicted, logprob
+    scored = model(hidden_states=predicting, head=TokenLogprob(tokens, temperature, entropy))
+    return predicted, scored.logprob, scored.entropy if entropy else None
 
 
 # ---- the gradient ------------------------------------------------------------------------------------------
@@ -347,7 +360,7 @@ def _segment_backward(reading: _Reading, s: int, d_ntp, d_logprobs, carry) -> li
             tokens = branches.tokens[mine] if len(mine) else branches.tokens[:1]
             state = output.trace.gather(row, inside)
             context = output.last_hidden_state[row, inside - 1]
-            _, logprob = _branch_pass(model, state, context, tokens, branches.temperature)
+            _, logprob, _ = _branch_pass(model, state, context, tokens, branches.temperature)
             ends.append(logprob)
             known = d_logprobs is not None and len(mine)
             gradients.append(d_logprobs[mine].to(logprob.dtype) if known else torch.zeros_like(logprob))

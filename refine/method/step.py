@@ -16,6 +16,7 @@ from refine.method.config import RefineConfig
 from refine.method.objective import group_advantages, policy_loss
 from refine.method.relay import Relay
 from refine.method.rewards import binary, cosine, find_reward
+from refine.method.rollout import rollout_lengths as find_rollout_lengths
 from refine.method.rollout import sample_rollouts
 from refine.method.seeds import rollout_seeds, sequence_seeds
 from refine.method.segments import read_with_rollouts
@@ -43,6 +44,7 @@ class RefineStepOutput:
     cosine: torch.Tensor  # [B, c, n] float32, the cosine reward whatever the configured one is
     exact_match: torch.Tensor  # [B, c, n] float32, the binary reward likewise
     clip_fraction: torch.Tensor  # scalar: share of rollout tokens whose gradient is clipped
+    rollout_lengths: torch.Tensor  # [B, c, n] int64, tokens that count; k unless rollout_stop_entropy is set
 
 
 @dataclass
@@ -57,6 +59,7 @@ class _Pass:
     old_logprobs: torch.Tensor  # [B, c, n, k]
     predicted: torch.Tensor  # [B, c, n, k, D], hidden states after each sampled token
     true: torch.Tensor  # [B, c, k, D], hidden states after the true tokens in their places
+    sureness: torch.Tensor | None  # [B, c, n, k] entropies of the rollouts' predictions, where needed
 
 
 def refine_step(
@@ -71,6 +74,7 @@ def refine_step(
     rollouts: torch.Tensor | None = None,
     old_logprobs: torch.Tensor | None = None,
     advantages: torch.Tensor | None = None,
+    rollout_lengths: torch.Tensor | None = None,
     relay: Relay | None = None,
 ) -> RefineStepOutput:
     """One forward of the REFINE loss (arXiv 2602.16704, Sec. 3) over a batch of sequences.
@@ -92,7 +96,9 @@ def refine_step(
         old_logprobs: [B, c, n, k], of the policy that sampled ``rollouts``; default: this model's own, the
             on-policy step.
         advantages: [B, c, n], computed when the rollouts were; default: from the rewards of this call. A
-            step under ``torch.no_grad()`` gives all four for later off-policy updates.
+            step under ``torch.no_grad()`` gives all of these for later off-policy updates.
+        rollout_lengths: [B, c, n] int64, 1 to k, where the policy that sampled ended them; default: by
+            ``config.rollout_stop_entropy`` under this model.
         relay: the processes that share each sequence (context parallelism); needs ``config.segment_length``.
 
     Raises:
@@ -100,7 +106,7 @@ def refine_step(
             fit, or rollouts without positions.
     """
     lengths = _check_batch(input_ids, attention_mask, config)
-    _check_draw(input_ids, lengths, config, positions, rollouts, old_logprobs, advantages)
+    _check_draw(input_ids, lengths, config, positions, rollouts, old_logprobs, advantages, rollout_lengths)
     if seeds is None:
         seeds = sequence_seeds(input_ids, lengths, generator)
     if config.segment_length is not None:
@@ -113,9 +119,14 @@ def refine_step(
 
     detached = done.logprobs.detach()
     old = done.old_logprobs if old_logprobs is None else old_logprobs
-    scores = _score(input_ids, done, config)
+    ends = rollout_lengths
+    if ends is None and config.rollout_stop_entropy is not None:
+        ends = find_rollout_lengths(done.sureness, config.rollout_stop_entropy)
+    scores = _score(input_ids, done, config, ends)
     advantages = group_advantages(scores["rewards"]) if advantages is None else advantages
-    nsp_loss, clip_fraction = policy_loss(done.logprobs, old, advantages, config)
+    nsp_loss, clip_fraction = policy_loss(done.logprobs, old, advantages, config, ends)
+    if ends is None:
+        ends = find_rollout_lengths(detached, None)
     return RefineStepOutput(
         loss=config.lambda_sft * done.ntp_loss + config.lambda_rl * nsp_loss,
         ntp_loss=done.ntp_loss.detach(),
@@ -127,6 +138,7 @@ def refine_step(
         old_logprobs=old,
         advantages=advantages,
         clip_fraction=clip_fraction,
+        rollout_lengths=ends,
         **scores,
     )
 
@@ -173,8 +185,9 @@ def _shared_prefix(model, input_ids, lengths, config, seeds, positions, rollouts
 
     predicted = model(flat, past_key_values=state, use_cache=False, head=HiddenOnly()).last_hidden_state
     predicting = torch.cat([context[:, None], predicted[:, :-1]], dim=1)  # [R, k, D]
-    request = TokenLogprob(flat, config.temperature)
-    logprobs = model(hidden_states=predicting, head=request).logprob.view(batch, c, n, k)
+    request = TokenLogprob(flat, config.temperature, config.rollout_stop_entropy is not None)
+    scored = model(hidden_states=predicting, head=request)
+    logprobs = scored.logprob.view(batch, c, n, k)
     return _Pass(
         ntp_loss=output.loss,
         entropy=output.entropy,
@@ -184,6 +197,7 @@ def _shared_prefix(model, input_ids, lengths, config, seeds, positions, rollouts
         old_logprobs=logprobs.detach(),
         predicted=predicted.detach().view(batch, c, n, k, -1),
         true=_tokens_of(hidden.detach(), positions, k),
+        sureness=scored.entropy.view(batch, c, n, k) if request.entropy else None,
     )
 
 
@@ -205,6 +219,7 @@ def _by_segments(model, input_ids, lengths, config, seeds, positions, rollouts, 
         old_logprobs=logprobs.detach(),
         predicted=found.predicted.view(batch, c, n, k, -1),
         true=found.true.view(batch, c, k, -1),
+        sureness=None if found.sureness is None else found.sureness.view(batch, c, n, k),
     )
 
 
@@ -220,7 +235,7 @@ def _per_prefix(model, input_ids, lengths, config, seeds, positions, rollouts) -
         positions = select_positions(truth.entropy, lengths, config, seeds)
     seed = rollout_seeds(seeds, c, n, k)
 
-    tokens, logprobs, old_logprobs, predicted = [], [], [], []
+    tokens, logprobs, old_logprobs, predicted, sureness = [], [], [], [], []
     for b in range(batch):
         for j in range(c):
             p = int(positions[b, j])
@@ -236,7 +251,8 @@ def _per_prefix(model, input_ids, lengths, config, seeds, positions, rollouts) -
             text = torch.cat([prefix.expand(n, -1), drawn], dim=1)  # [n, p + k]
             with torch.no_grad():
                 old_logprobs.append(_branch(model, text, drawn, config)[0])
-            logprob, hidden = _branch(model, text, drawn, config)
+            logprob, hidden, entropy = _branch(model, text, drawn, config)
+            sureness.append(entropy)
             tokens.append(drawn)
             logprobs.append(logprob)
             predicted.append(hidden.detach())
@@ -253,15 +269,18 @@ def _per_prefix(model, input_ids, lengths, config, seeds, positions, rollouts) -
         old_logprobs=stack(old_logprobs),
         predicted=stack(predicted),
         true=_tokens_of(truth.last_hidden_state, positions, k),
+        sureness=stack(sureness) if config.rollout_stop_entropy is not None else None,
     )
 
 
-def _branch(model, text, drawn, config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs [n, k] of the last k tokens of ``text`` [n, p + k], and their hidden states [n, k, D]."""
+def _branch(model, text, drawn, config) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Log-probs [n, k] of the last k tokens of ``text`` [n, p + k], their hidden states [n, k, D], and the
+    entropies [n, k] of what predicted them where they are needed."""
     k = drawn.shape[1]
     hidden = model(text, use_cache=False, head=HiddenOnly()).last_hidden_state[:, -k - 1 :]
-    request = TokenLogprob(drawn, config.temperature)
-    return model(hidden_states=hidden[:, :-1], head=request).logprob, hidden[:, 1:]
+    request = TokenLogprob(drawn, config.temperature, config.rollout_stop_entropy is not None)
+    scored = model(hidden_states=hidden[:, :-1], head=request)
+    return scored.logprob, hidden[:, 1:], scored.entropy if request.entropy else None
 
 
 def _tokens_of(x: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:
@@ -272,8 +291,11 @@ def _tokens_of(x: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Te
 
 
 @torch.no_grad()
-def _score(input_ids: torch.Tensor, done: _Pass, config: RefineConfig) -> dict[str, torch.Tensor]:
-    """Rewards [B, c, n] by the configured function, and the paper's two measures beside them."""
+def _score(
+    input_ids: torch.Tensor, done: _Pass, config: RefineConfig, ends: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Rewards [B, c, n] by the configured function, and the paper's two measures beside them; of the first
+    ``ends`` [B, c, n] tokens of each rollout, where given."""
     batch, c, n, k = done.rollouts.shape
     dtype = torch.promote_types(done.predicted.dtype, torch.float32)
     true_ids = _tokens_of(input_ids, done.positions, k)[:, :, None].expand(-1, -1, n, -1)
@@ -284,20 +306,28 @@ def _score(input_ids: torch.Tensor, done: _Pass, config: RefineConfig) -> dict[s
         done.predicted.to(dtype).flatten(0, 2),
         true_hidden.flatten(0, 2),
     )
-    rewards = find_reward(config.reward)(*arguments)
-    if rewards.shape != (batch * c * n,):
+    functions = {"rewards": find_reward(config.reward), "cosine": cosine, "exact_match": binary}
+    if ends is None:
+        found = {name: _reward(function, config, arguments) for name, function in functions.items()}
+    else:  # a reward function sees rollouts of one length at a time
+        found = {name: arguments[2].new_empty(batch * c * n) for name in functions}
+        for count in ends.unique().tolist():
+            rows = (ends.flatten() == count).nonzero()[:, 0]
+            few = tuple(argument[rows, :count] for argument in arguments)
+            for name, function in functions.items():
+                found[name][rows] = _reward(function, config, few).to(found[name].dtype)
+    return {name: value.detach().view(batch, c, n).to(torch.float32) for name, value in found.items()}
+
+
+def _reward(function, config: RefineConfig, arguments: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """One number a rollout, or an error that says what a reward has to return."""
+    rewards = function(*arguments)
+    if rewards.shape != arguments[0].shape[:1]:
         raise ValueError(
-            f"reward {config.reward!r} must return one number a rollout, shape ({batch * c * n},), "
+            f"reward {config.reward!r} must return one number a rollout, shape ({len(arguments[0])},), "
             f"got {tuple(rewards.shape)}"
         )
-    return {
-        name: value.detach().view(batch, c, n).to(torch.float32)
-        for name, value in (
-            ("rewards", rewards),
-            ("cosine", cosine(*arguments)),
-            ("exact_match", binary(*arguments)),
-        )
-    }
+    return rewards
 
 
 def _check_batch(input_ids, attention_mask, config) -> torch.Tensor:
@@ -329,7 +359,9 @@ def _check_batch(input_ids, attention_mask, config) -> torch.Tensor:
     return lengths
 
 
-def _check_draw(input_ids, lengths, config, positions, rollouts, old_logprobs, advantages) -> None:
+def _check_draw(
+    input_ids, lengths, config, positions, rollouts, old_logprobs, advantages, rollout_lengths
+) -> None:
     """Given positions, rollouts and what was computed of them must fit the batch and each other."""
     groups = (len(input_ids), config.num_chunks)
     shapes = {
@@ -337,14 +369,22 @@ def _check_draw(input_ids, lengths, config, positions, rollouts, old_logprobs, a
         "rollouts": (rollouts, (*groups, config.num_rollouts, config.rollout_length)),
         "old_logprobs": (old_logprobs, (*groups, config.num_rollouts, config.rollout_length)),
         "advantages": (advantages, (*groups, config.num_rollouts)),
+        "rollout_lengths": (rollout_lengths, (*groups, config.num_rollouts)),
     }
     for name, (value, shape) in shapes.items():
         if value is not None and tuple(value.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     if rollouts is not None and positions is None:
         raise ValueError("rollouts were given without positions: give both")
-    if (old_logprobs is not None or advantages is not None) and rollouts is None:
-        raise ValueError("old_logprobs and advantages belong to rollouts: give those too")
+    if rollouts is None and any(x is not None for x in (old_logprobs, advantages, rollout_lengths)):
+        raise ValueError("old_logprobs, advantages and rollout_lengths belong to rollouts: give those too")
+    if rollout_lengths is not None and not bool(
+        ((rollout_lengths >= 1) & (rollout_lengths <= config.rollout_length)).all()
+    ):
+        raise ValueError(
+            f"rollout_lengths must lie between 1 and rollout_length {config.rollout_length}, "
+            f"got {rollout_lengths.tolist()}"
+        )
     if positions is not None:
         last = (lengths - config.rollout_length)[:, None]
         if not bool(((positions >= 1) & (positions <= last)).all()):

@@ -50,13 +50,23 @@ class NextTokenLoss:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """``logprob`` [B, T] float32 of ``targets`` [B, T] under softmax(logits / temperature); differentiable."""
+    """``logprob`` [B, T] float32 of ``targets`` [B, T] under softmax(logits / temperature); differentiable.
+
+    Attributes:
+        entropy: also return ``entropy`` [B, T] float32 of the same distributions (without a gradient).
+    """
 
     targets: torch.Tensor
     temperature: float = 1.0
+    entropy: bool = False
 
     def __call__(self, hidden: torch.Tensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"logprob": linear_logprob(hidden, weight, self.targets, temperature=self.temperature).logprob}
+        out = linear_logprob(
+            hidden, weight, self.targets, temperature=self.temperature, return_entropy=self.entropy
+        )
+        if not self.entropy:
+            return {"logprob": out.logprob}
+        return {"logprob": out.logprob, "entropy": out.entropy.detach()}
 
 
 @dataclass(frozen=True)

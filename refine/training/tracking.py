@@ -105,15 +105,15 @@ def write_samples(folder: Path, step: int, batch, output, tokenizer, context_tok
     folder.mkdir(exist_ok=True)
     ids, (_, c, n, k) = batch[0].tolist(), output.rollouts.shape
     order = output.rewards[0].flatten().argsort(descending=True).tolist()
-    blocks = [f"step {step}: {c * n} rollouts of {k} tokens\n"]
+    blocks = [f"step {step}: {c * n} rollouts of at most {k} tokens\n"]
     for rank in order:
         j, r = divmod(rank, n)
-        p = int(output.positions[0, j])
+        p, count = int(output.positions[0, j]), int(output.rollout_lengths[0, j, r])
         blocks.append(
             f"--- position {p}  reward {output.rewards[0, j, r]:.4f}  advantage {output.advantages[0, j, r]:+.2f}\n"
             f"context : ...{tokenizer.decode(ids[max(0, p - context_tokens) : p])!r}\n"
-            f"rollout : {tokenizer.decode(output.rollouts[0, j, r].tolist())!r}\n"
-            f"truth   : {tokenizer.decode(ids[p : p + k])!r}\n"
+            f"rollout : {tokenizer.decode(output.rollouts[0, j, r, :count].tolist())!r}\n"
+            f"truth   : {tokenizer.decode(ids[p : p + count])!r}\n"
         )
     (folder / f"step-{step:06d}.txt").write_text("\n".join(blocks), encoding="utf-8")
 
