@@ -34,6 +34,15 @@ def pytest_addoption(parser):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    reasons: dict[str, int] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reason = reason.removeprefix("Skipped: ")
+        reasons[reason] = reasons.get(reason, 0) + 1
+    if reasons:
+        terminalreporter.section("what did not run here, and why")
+        for reason, count in sorted(reasons.items()):
+            terminalreporter.write_line(f"{count:3} x {reason}")
     if not RATIOS:
         return
     terminalreporter.section("ratios, pair by pair (time of the first over time of the second)")

@@ -1,7 +1,8 @@
-"""The delta rule on a CPU against the PyTorch fallback of transformers (Qwen3-Next), float32.
+"""The delta rule beside fla, fla's fallback in transformers (Qwen3-Next) and the definition in plain PyTorch.
 
-The ratios are what counts on a shared machine: both take turns in one process, and the median over pairs is
-shown at the end. Every timed case first has its numbers checked against the definition, in float64.
+The ratios are what counts on a shared machine: two take turns in one process, and the median over pairs is
+shown at the end. Every timed case first has its numbers checked against the definition, in float64. On a CPU
+float32; on a GPU bfloat16 at DeltaNet-1.3B's shape.
 """
 
 from __future__ import annotations
@@ -19,12 +20,29 @@ from refine_kernels import reference
 from refine_kernels.delta_rule import chunk_delta_rule
 from tests.numerics import assert_close
 
-SHAPES = [(1, 8192, 4, 128), (4, 2048, 16, 64)]  # B, T, H, D
+GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+SHAPES = (
+    [(1, 4096, 16, 128), (1, 16384, 16, 128)] if GPU else [(1, 8192, 4, 128), (4, 2048, 16, 64)]
+)  # B, T, H, D
 CHECKED = (slice(0, 1), slice(0, 100), slice(0, 2))  # rows, tokens, heads
+TOLERANCE = 2e-2 if GPU else 1e-5
+RULES = ("gated", "plain")
 
 
 def ours(q, k, v, beta, g):
-    return chunk_delta_rule(q, k, v, beta, g=g, backend="torch")[0]
+    return chunk_delta_rule(q, k, v, beta, g=g, backend="triton" if GPU else "torch")[0]
+
+
+def definition(q, k, v, beta, g):
+    """Token by token, in plain PyTorch."""
+    return reference.chunk_delta_rule(q, k, v, beta, g=g)[0]
+
+
+def fla(q, k, v, beta, g):
+    if g is None:
+        return pytest.importorskip("fla.ops.delta_rule").chunk_delta_rule(q, k, v, beta)[0]
+    return pytest.importorskip("fla.ops.gated_delta_rule").chunk_gated_delta_rule(q, k, v, g, beta)[0]
 
 
 def transformers(q, k, v, beta, g):
@@ -34,20 +52,38 @@ def transformers(q, k, v, beta, g):
     return function(q, k, v, torch.zeros_like(beta) if g is None else g, beta)[0]
 
 
+PEERS = (fla, transformers, definition)
+
+
+def require(provider, mode):
+    """Skip, with the reason, what cannot run here."""
+    if provider is fla:
+        pytest.importorskip("fla", reason="fla is not installed: pip install flash-linear-attention")
+        if not GPU:
+            pytest.skip("fla needs a GPU: its fallback in transformers stands for it")
+    if provider is definition and mode != "forward":
+        pytest.skip("the definition keeps every token's state for its backward: only the forward is timed")
+
+
 def make_inputs(shape, rule):
     b, t, h, d = shape
-    q, k, v = torch.randn(b, t, h, d), F.normalize(torch.randn(b, t, h, d), dim=-1), torch.randn(b, t, h, d)
-    beta = torch.rand(b, t, h)
-    g = F.logsigmoid(torch.randn(b, t, h) + 3) if rule == "gated" else None
+    new = lambda *sizes: torch.randn(*sizes, device=DEVICE)  # noqa: E731
+    q, k, v = (x.to(DTYPE) for x in (new(b, t, h, d), F.normalize(new(b, t, h, d), dim=-1), new(b, t, h, d)))
+    beta = torch.rand(b, t, h, device=DEVICE)
+    g = F.logsigmoid(new(b, t, h) + 3) if rule == "gated" else None
     return [x if x is None else x.requires_grad_() for x in (q, k, v, beta, g)], torch.randn_like(v)
 
 
 def step(provider, inputs, d_o, mode):
     if mode == "forward":
         with torch.no_grad():
-            return provider(*inputs), ()
-    o = provider(*inputs)
-    return o.detach(), torch.autograd.grad(o, [x for x in inputs if x is not None], d_o)
+            found = provider(*inputs), ()
+    else:
+        o = provider(*inputs)
+        found = o.detach(), torch.autograd.grad(o, [x for x in inputs if x is not None], d_o)
+    if GPU:
+        torch.cuda.synchronize()
+    return found
 
 
 def check(provider, inputs, d_o, mode):
@@ -55,28 +91,35 @@ def check(provider, inputs, d_o, mode):
     few = [None if x is None else x.detach()[CHECKED].double().requires_grad_() for x in inputs]
     d_few = d_o[CHECKED]
     o, gradients = step(lambda *x: reference.chunk_delta_rule(*x[:4], g=x[4])[0], few, d_few.double(), mode)
-    few = [None if x is None else x.detach().float().requires_grad_() for x in few]
+    few = [None if x is None else x.detach().float() for x in few]
+    few = [x if x is None else x.to(DTYPE if x.ndim == 4 else x.dtype).requires_grad_() for x in few]
     actual, actual_gradients = step(provider, few, d_few, mode)
-    assert_close(actual, o, 1e-5, "o")
+    assert_close(actual, o, TOLERANCE, "o")
     for name, x, y in zip("qkvbg", actual_gradients, gradients):
-        assert_close(x, y, 1e-5, f"d{name}")
+        assert_close(x, y, TOLERANCE, f"d{name}")
 
 
-@pytest.mark.parametrize("provider", [ours, transformers], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("provider", [ours, *PEERS], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("mode", ["forward", "forward_backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_time(benchmark, shape, mode, provider):
+    require(provider, mode)
     inputs, d_o = make_inputs(shape, "gated")
     check(provider, inputs, d_o, mode)
     benchmark.group = f"delta_rule {mode} {shape} gated"
-    benchmark.pedantic(step, (provider, inputs, d_o, mode), rounds=3, warmup_rounds=1)
+    rounds = {ours: 3}.get(provider, 1)
+    benchmark.pedantic(
+        step, (provider, inputs, d_o, mode), rounds=rounds, warmup_rounds=1 if rounds > 1 else 0
+    )
 
 
-@pytest.mark.parametrize("rule", ["gated", "plain"])
+@pytest.mark.parametrize("peer", [fla, transformers], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_ratio(benchmark, shape, rule, pairs=3):
+def test_ratio(benchmark, shape, rule, peer, pairs=3):
+    require(peer, "forward_backward")
     inputs, d_o = make_inputs(shape, rule)
-    for provider in (ours, transformers):
+    for provider in (ours, peer):
         check(provider, inputs, d_o, "forward_backward")
 
     def seconds(provider) -> float:
@@ -85,9 +128,10 @@ def test_ratio(benchmark, shape, rule, pairs=3):
         return time.perf_counter() - start
 
     def measure() -> float:
-        seconds(ours), seconds(transformers)
-        return statistics.median(seconds(transformers) / seconds(ours) for _ in range(pairs))
+        seconds(ours), seconds(peer)
+        return statistics.median(seconds(peer) / seconds(ours) for _ in range(pairs))
 
     ratio = benchmark.pedantic(measure, rounds=1, iterations=1)
-    what = f"transformers' fallback, {rule} {shape}"
-    add_ratio(what, "chunk_delta_rule, fwd + bwd", ratio, "goal: at least 2")
+    name = {fla: "fla", transformers: "transformers' fallback"}[peer]
+    goal = "goal: at least 1.8" if peer is fla else "goal: at least 2"
+    add_ratio(f"{name}, {rule} {shape}", "chunk_delta_rule, fwd + bwd", ratio, goal)

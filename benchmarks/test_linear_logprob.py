@@ -84,13 +84,19 @@ TRAINING = [
     "torch: cross_entropy(linear)",
     "torch: linear_cross_entropy",
     "torch: linear_cross_entropy, chunked",
+    "Liger",
+    "cut cross-entropy",
 ]
+NEEDS_GPU = {"Liger": "liger_kernel", "cut cross-entropy": "cut_cross_entropy"}  # timed in test_gpu
 ROLLOUT = ["sample + entropy", "greedy + entropy", "torch: logits, multinomial, entropy"]
 
 
 @pytest.mark.parametrize("provider", TRAINING)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_training(benchmark, shape, provider):
+    if provider in NEEDS_GPU:
+        pytest.importorskip(NEEDS_GPU[provider], reason=f"{provider} is not installed")
+        pytest.skip(f"{provider} has Triton kernels alone: it is timed by test_gpu")
     providers = training_providers(*SHAPES[shape])
     if provider not in providers:
         pytest.skip("this version of torch does not have it")
