@@ -31,7 +31,7 @@ __all__ = ["PairBatch", "PairColumns", "PairStream", "held_out_pairs", "training
 _GENERATED = (None, "default", "recall", "default+recall")
 _ITEMS = {"train": 256, "held_out": 64}  # of the generated set
 _QUESTION = (
-    "Answer the question based on the given documents. "
+    "Answer the question based on the given passages. "
     "Only give me the answer and do not output any other words."
 )
 
@@ -286,10 +286,11 @@ def _question_over(question, passages, pool, cost, encode, budget: int, rng: ran
 
 
 def _qa_prompt(question: str, documents: list[str]) -> str:
+    """As in the public RULER QA files, which say passages where RULER itself says documents."""
     context = "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(documents, 1))
     return (
-        f"{_QUESTION}\n\nThe following are given documents.\n\n{context}\n\n{_QUESTION}\n\n"
-        f"Question: {question} Answer:"
+        f"{_QUESTION}\n\nThe following are given passages.\n{context}\n\n{_QUESTION}\n\n"
+        f"Question: {question}\nAnswer:"
     )
 
 

@@ -190,3 +190,18 @@ def test_the_files_of_ruler_and_longbench(shared_data, tokenizer):
         assert item.score(prompt.references[0], prompt.references) == 1.0, item.source
     rows = {item.task: item.max_new_tokens for item in items}
     assert rows == {f"longbench_{name}": task.new_tokens for name, task in LONGBENCH_TASKS.items()}
+
+
+def test_training_prompts_are_written_as_the_test_files_are(shared_data):
+    """Take a prompt of the public file apart and write it again with the training's own template."""
+    import re
+
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from refine.training.pairs import _qa_prompt
+
+    for path in sorted((shared_data / "ruler_qa").glob("*.parquet")):
+        for row in parquet.read_table(path).slice(0, 5).to_pylist():
+            body, _, question = row["prompt"].rpartition("\n\nQuestion: ")
+            context = body[body.index("Document 1:\n") : body.rindex("\n\nAnswer the question")]
+            passages = re.split(r"(?:\n\n)?Document \d+:\n", context)[1:]
+            assert _qa_prompt(question.removesuffix("\nAnswer:"), passages) == row["prompt"]

@@ -16,6 +16,7 @@ from refine.training.parallel import World
 from refine.training.parts import packaged_model
 from refine.training.tracking import read_metrics
 from tests.refine.test_train import run, weights
+from tests.refine.test_train_parallel import SHORT, check_same, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,21 @@ def test_a_resumed_run_is_the_same_run(tmp_path, pair_file, changes):
     ]
     assert lines[0] == lines[1]
     assert ("reward" in read_metrics(whole / "metrics.jsonl")[0]) == ("prompt_step" not in changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_processes_end_where_one_ends(tmp_path, pair_file, parallel):
+    changes = {"phase": "post", "eval_samples": 0, "sample_steps": 0}
+    assert run(tmp_path / "alone", pair_file, **SHORT | changes | {"gradient_accumulation_steps": 2}) == 0
+    torchrun(tmp_path / parallel, pair_file, parallel=parallel, **changes)
+    check_same(tmp_path / parallel, tmp_path / "alone")
+
+
+def test_in_bfloat16(tmp_path, pair_file):
+    assert run(tmp_path, pair_file, phase="post", max_steps=2, bf16=True) == 0
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "answer_loss" in line]
+    assert len(lines) == 2 and all(0 < line["answer_loss"] < 20 and not line["skipped"] for line in lines)
 
 
 def test_every_answer_token_weighs_the_same(tmp_path, tokenizer):
@@ -125,7 +141,7 @@ def test_question_prompts_fill_the_budget_with_others_passages(tmp_path, tokeniz
         assert 380 < batch.input_ids.shape[1] <= 500
         text = tokenizer.decode(batch.input_ids[0])
         assert f"house {i} is {i * 7}." in text and "Document 2:" in text
-        assert text.endswith(f"Question: Key of house {i}? Answer:")
+        assert text.endswith(f"Question: Key of house {i}?\nAnswer:")
         if i == 9:
             break
     assert streams[0].counts.cut_prompts == 0
