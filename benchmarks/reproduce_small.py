@@ -438,7 +438,9 @@ seeds; bold where the interval leaves 0 out. "SFT, REFINE's time" takes as many 
 The model finds no needle, so its needles are also scored by the nats of the right answer. Tried before: one seed of
 120 updates at a constant rate, of 1e-4 and of 3e-4. At 1e-4 REFINE was ahead of SFT in reading random tokens again
 (+0.036, +0.029, +0.007 after 32, 64, 128) and behind in held-out loss (+0.004 nats); at 3e-4 both copied more, the
-differences went either way, and held-out loss rose for all, so this run takes 1e-4 and lets it fall to zero.
+differences went either way, and held-out loss rose for all, so this run takes 1e-4 and lets it fall to zero. Three
+seeds are few: intervals over so few seeds are somewhat too narrow.
+
 {date}, seeds {seeds}, learning rate {rate}, {jobs} runs at a time of one thread each on {processor},
 torch {torch} ([file](../{file})).
 

@@ -57,14 +57,15 @@ def forward(
     output_final_state: bool,
     state_stride: int,
     for_backward: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(o, final_state, states, checkpoints)``, what is not asked for with length 0 (``state_stride`` 0: no
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(o, final_state, states, checkpoints, kept)``, what is not asked for with length 0 (``state_stride`` 0: no
     states).
 
     Returns:
         o: [B, T, H, V] in q's dtype.
         final_state: [N, H, K, V]; states: [N, ceil(longest / state_stride), H, K, V].
         checkpoints: [checkpoint_count, B, H, K, V], the states that ``backward`` starts its segments from.
+        kept: [kept_count], what else ``backward`` wants to be handed: nothing here.
     """
     (b, _, h, kd), vd = q.shape, v.shape[-1]
     sequences = _sequences(q, cu_seqlens)
@@ -97,7 +98,7 @@ def forward(
         final_state = new_states(0, h, kd, vd)
     else:
         final_state = (finals[0] if len(finals) == 1 else torch.cat(finals)).view(-1, h, kd, vd)
-    return o, final_state, states, checkpoints
+    return o, final_state, states, checkpoints, q.new_empty(0)
 
 
 def backward(
@@ -109,6 +110,8 @@ def backward(
     initial_state: torch.Tensor | None,  # [N, H, K, V]
     cu_seqlens: torch.Tensor | None,  # [N + 1]
     checkpoints: torch.Tensor,  # [checkpoint_count, B, H, K, V]
+    kept: torch.Tensor,  # [kept_count]
+    o: torch.Tensor | None,
     d_o: torch.Tensor | None,  # [B, T, H, V]
     d_final: torch.Tensor | None,  # [N, H, K, V]
     d_states: torch.Tensor | None,  # [N, ceil(longest / state_stride), H, K, V]
@@ -161,6 +164,11 @@ def checkpoint_count(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:  
     if cu_seqlens is None:
         return -(-whole // most) + (chunks - whole) - 1
     return min(whole // most + cu_seqlens.shape[0] - 1, chunks - 1)
+
+
+def kept_count(q: torch.Tensor, v: torch.Tensor) -> int:  # [B, T, H, K], [B, T, H, V]
+    """Numbers of q's dtype that ``forward`` keeps for the backward beside states."""
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------

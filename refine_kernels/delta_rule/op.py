@@ -100,7 +100,7 @@ def chunk_delta_rule(
                 use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
             )  # fmt: skip
     for_backward = _needs_gradient(q, k, v, beta, g, initial_state)
-    o, final_state, states, _ = _chunk_op(
+    o, final_state, states, *_ = _chunk_op(
         q, k, v, beta, g, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel, output_final_state,
         state_stride or 0, for_backward, backend,
     )  # fmt: skip
@@ -173,8 +173,8 @@ def recurrent_delta_rule(
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The custom ops. Forward returns (o, final_state, states, checkpoints), what is not asked for with length 0;
-# the checkpoints are the backward's own.
+# The custom ops. Forward returns (o, final_state, states, checkpoints, kept), what is not asked for with length 0;
+# the last two are the backward's own.
 
 
 @torch.library.custom_op("refine_kernels::chunk_delta_rule", mutates_args=())
@@ -192,7 +192,7 @@ def _chunk_op(
     state_stride: int,
     for_backward: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if cu_seqlens is not None:
         checks.check_bounds(cu_seqlens, q.shape[1])
     with _no_autocast(q):
@@ -222,7 +222,8 @@ def _(
     if cu_seqlens is not None:
         rows = cu_seqlens.shape[0] - 1
         counted = torch.library.get_ctx().new_dynamic_size() if state_stride else 0
-    kept = _implementation(backend).checkpoint_count(q, cu_seqlens) if for_backward else 0
+    implementation = _implementation(backend)
+    checkpoints = implementation.checkpoint_count(q, cu_seqlens) if for_backward else 0
 
     def new_states(*shape: int) -> torch.Tensor:
         return q.new_empty((*shape, heads, kd, vd), dtype=_state_dtype(q))
@@ -231,7 +232,8 @@ def _(
         q.new_empty(v.shape),
         new_states(rows if output_final_state else 0),
         new_states(rows, counted),
-        new_states(kept, q.shape[0]),
+        new_states(checkpoints, q.shape[0]),
+        q.new_empty(implementation.kept_count(q, v) if for_backward else 0),
     )
 
 
@@ -245,6 +247,8 @@ def _chunk_backward_op(
     initial_state: torch.Tensor | None,  # [N, H, K, V]
     cu_seqlens: torch.Tensor | None,  # [N + 1]
     checkpoints: torch.Tensor,  # [checkpoint_count, B, H, K, V]
+    kept: torch.Tensor,  # [kept_count]
+    o: torch.Tensor | None,  # [B, T, H, V]
     d_o: torch.Tensor | None,  # [B, T, H, V]
     d_final: torch.Tensor | None,  # [N, H, K, V]
     d_states: torch.Tensor | None,  # [N, ceil(longest / state_stride), H, K, V]
@@ -255,14 +259,14 @@ def _chunk_backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     with _no_autocast(q):
         return _implementation(backend).backward(
-            q, k, v, beta, g, initial_state, cu_seqlens, checkpoints, d_o, d_final, d_states,
+            q, k, v, beta, g, initial_state, cu_seqlens, checkpoints, kept, o, d_o, d_final, d_states,
             scale, l2norm, state_stride,
         )  # fmt: skip
 
 
 @_chunk_backward_op.register_fake
 def _(
-    q, k, v, beta, g, initial_state, cu_seqlens, checkpoints, d_o, d_final, d_states,
+    q, k, v, beta, g, initial_state, cu_seqlens, checkpoints, kept, o, d_o, d_final, d_states,
     scale, l2norm, state_stride, backend,
 ):  # fmt: skip
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -275,18 +279,31 @@ def _(
 
 def _remember(ctx, inputs, output):
     *tensors, ctx.scale, ctx.l2norm, ctx.output_final_state, ctx.state_stride, _, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, output[3])
+    needs_o = ctx.l2norm and ctx.backend == "triton"
+    ctx.save_for_backward(*tensors, output[3], output[4], output[0] if needs_o else None)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, d_o, d_final, d_states, _):
-    *inputs, checkpoints = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
+def _differentiate(ctx, d_o, d_final, d_states, *_):
+    *inputs, checkpoints, kept, o = (
+        ctx.saved_tensors
+    )  # once: activation checkpointing hands them out a single time
     d_final = d_final if ctx.output_final_state else None
     d_states = d_states if ctx.state_stride else None
     if d_o is None and d_final is None and d_states is None:
         return (None,) * 13
     gradients = _chunk_backward_op(
-        *inputs, checkpoints, d_o, d_final, d_states, ctx.scale, ctx.l2norm, ctx.state_stride, ctx.backend
+        *inputs,
+        checkpoints,
+        kept,
+        o,
+        d_o,
+        d_final,
+        d_states,
+        ctx.scale,
+        ctx.l2norm,
+        ctx.state_stride,
+        ctx.backend,
     )
     gradients = [None if x is None else d_x.to(x.dtype) for x, d_x in zip(inputs, gradients)]
     return (*gradients, *(None,) * 7)

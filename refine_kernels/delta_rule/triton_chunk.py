@@ -47,8 +47,9 @@ def forward(
     output_final_state: bool,
     state_stride: int,
     for_backward: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(o, final_state, states, checkpoints)``, what is not asked for with length 0; as ``chunked.forward``."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(o, final_state, states, checkpoints, kept)``, what is not asked for with length 0; as
+    ``chunked.forward``. ``kept`` holds U and M."""
     q, k, v, beta, g, initial_state, cu_seqlens = _contiguous(q, k, v, beta, g, initial_state, cu_seqlens)
     plan = _plan(q, v, cu_seqlens)
     (b, _, h, kd), vd = q.shape, v.shape[-1]
@@ -60,15 +61,17 @@ def forward(
     new_states = torch.empty if cu_seqlens is None else torch.zeros  # some places are nobody's
     states = new_states(plan.rows, most, h, kd, vd, dtype=torch.float32, device=q.device)
     final_state = states.new_empty(plan.rows if output_final_state else 0, h, kd, vd)
-    kept = checkpoint_count(q, cu_seqlens) if for_backward else 0
-    checkpoints = new_states(kept, b, h, kd, vd, dtype=torch.float32, device=q.device)
+    groups = checkpoint_count(q, cu_seqlens) if for_backward else 0
+    checkpoints = new_states(groups, b, h, kd, vd, dtype=torch.float32, device=q.device)
+    kept = q.new_empty(kept_count(q, v) if for_backward else 0)
     if b * h == 0:
-        return o, final_state, states, checkpoints
-    inverse = _inverse(plan, k, beta, g, cu_seqlens, l2norm)
+        return o, final_state, states, checkpoints, kept
+    u, inverse = _kept(kept, v, plan) if for_backward else (None, None)
+    inverse = _inverse(plan, k, beta, g, cu_seqlens, l2norm, inverse)
     tile = plan.tiles.scan
     blocks = triton.cdiv(vd, tile.bv)
     scan_kernel[(plan.rows * h * blocks,)](
-        q, k, v, beta, g, inverse, initial_state, o,
+        q, k, v, beta, g, inverse, initial_state, o, u,
         final_state if output_final_state else None,
         states if most else None,
         checkpoints if for_backward else None,
@@ -76,7 +79,7 @@ def forward(
         scale, q.shape[1], h, most, max(state_stride // plan.chunk, 1),
         RESCAN=False, GROUP=GROUP_TOKENS // plan.chunk, **plan.sizes(tile, l2norm),
     )  # fmt: skip
-    return o, final_state, states, checkpoints
+    return o, final_state, states, checkpoints, kept
 
 
 def backward(
@@ -88,6 +91,8 @@ def backward(
     initial_state: torch.Tensor | None,  # [N, H, K, V]
     cu_seqlens: torch.Tensor | None,  # [N + 1]
     checkpoints: torch.Tensor,  # [checkpoint_count, B, H, K, V]
+    kept: torch.Tensor,  # [kept_count]
+    o: torch.Tensor | None,  # [B, T, H, V], with l2norm
     d_o: torch.Tensor | None,  # [B, T, H, V]
     d_final: torch.Tensor | None,  # [N, H, K, V]
     d_states: torch.Tensor | None,  # [N, ceil(longest / state_stride), H, K, V]
@@ -98,24 +103,24 @@ def backward(
     """Gradients of q, k, v, beta, g (length 0 without g) and of the initial state [N, H, K, V]."""
     if d_o is None:
         d_o = torch.zeros_like(v)
-    q, k, v, beta, g, cu_seqlens, d_o, d_final, d_states = _contiguous(
-        q, k, v, beta, g, cu_seqlens, d_o, d_final, d_states
+    q, k, v, beta, g, cu_seqlens, o, d_o, d_final, d_states = _contiguous(
+        q, k, v, beta, g, cu_seqlens, o, d_o, d_final, d_states
     )
     plan = _plan(q, v, cu_seqlens)
     (b, tokens, h, kd), vd = q.shape, v.shape[-1]
-    dq, dk, dv, dbeta = (torch.empty_like(x) for x in (q, k, v, beta))
-    dg = q.new_empty(0) if g is None else torch.empty_like(g)
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     d_initial = q.new_empty(plan.rows, h, kd, vd, dtype=torch.float32)
     if b * h == 0:
-        return dq, dk, dv, dbeta, dg, d_initial
-    inverse = _inverse(plan, k, beta, g, cu_seqlens, l2norm)
+        dg = q.new_empty(0) if g is None else torch.empty_like(g)
+        return dq, dk, dv, torch.empty_like(beta), dg, d_initial
+    u, inverse = _kept(kept, v, plan)
 
     chunk_states = None
     if not plan.tiles.carry:
         tile = plan.tiles.scan
         chunk_states = q.new_empty(plan.chunks, h, kd, vd)
         scan_kernel[(plan.groups * h * triton.cdiv(vd, tile.bv),)](
-            None, k, v, beta, g, inverse, checkpoints, None, None, None, None,
+            None, k, v, beta, g, inverse, checkpoints, None, None, None, None, None,
             chunk_states, cu_seqlens, plan.group_owners,
             scale, tokens, h, 0, 1,
             RESCAN=True, GROUP=GROUP_TOKENS // plan.chunk, **plan.sizes(tile, l2norm),
@@ -130,12 +135,19 @@ def backward(
     )  # fmt: skip
 
     carry = plan.tiles.carry
-    gradient_kernel[((plan.groups if carry else plan.chunks) * h,)](
-        q, k, v, beta, g, inverse, checkpoints if carry else chunk_states, d_o, d_r, d_chunk_states,
-        dq, dk, dv, dbeta, None if g is None else dg,
+    tile = plan.tiles.gradient if g is None else plan.tiles.gated_gradient
+    blocks = triton.cdiv(kd, tile.bk)
+    sums = q.new_empty(blocks, 1 if g is None else 2, *beta.shape, dtype=torch.float32)
+    gradient_kernel[((plan.groups if carry else plan.chunks) * h * blocks,)](
+        q, k, v, o if l2norm else None, u, beta, g, checkpoints if carry else chunk_states, d_o, d_r,
+        d_chunk_states, dq, dk, dv, sums,
         cu_seqlens, plan.group_owners if carry else plan.chunk_owners, scale, tokens, h,
-        GROUP=GROUP_TOKENS // plan.chunk if carry else 1, **plan.sizes(plan.tiles.gradient, l2norm),
+        sums.stride(0), beta.numel(),
+        GROUP=GROUP_TOKENS // plan.chunk if carry else 1, BR=tile.br,
+        **plan.sizes(tile, l2norm) | {"BK": tile.bk},
     )  # fmt: skip
+    dbeta = sums[:, 0].sum(0).to(beta.dtype)
+    dg = q.new_empty(0) if g is None else sums[:, 1].sum(0).to(g.dtype)
     return dq, dk, dv, dbeta, dg, d_initial
 
 
@@ -147,9 +159,23 @@ def checkpoint_count(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:  
     return q.shape[1] // GROUP_TOKENS + cu_seqlens.shape[0] - 1
 
 
-def _inverse(plan, k, beta, g, cu_seqlens, l2norm) -> torch.Tensor:  # [B, T, H, C] in k's dtype
+def kept_count(q: torch.Tensor, v: torch.Tensor) -> int:  # [B, T, H, K], [B, T, H, V]
+    """Numbers of q's dtype that ``forward`` keeps for the backward beside states: U [B, T, H, V] and M
+    [B, T, H, C]."""
+    tiles = choose_tiles(q.shape[-1], v.shape[-1], q.element_size(), False, _has_tensor_memory(q.device))
+    return q.shape[0] * q.shape[1] * q.shape[2] * (v.shape[-1] + tiles.chunk)
+
+
+def _kept(kept: torch.Tensor, v: torch.Tensor, plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """U and M, as views."""
+    return kept[: v.numel()].view(v.shape), kept[v.numel() :].view(*v.shape[:3], plan.chunk)
+
+
+def _inverse(plan, k, beta, g, cu_seqlens, l2norm, inverse) -> torch.Tensor:  # [B, T, H, C] in k's dtype
+    """M, into ``inverse`` if there is one."""
     b, tokens, h, _ = k.shape
-    inverse = k.new_empty(b, tokens, h, plan.chunk)
+    if inverse is None:
+        inverse = k.new_empty(b, tokens, h, plan.chunk)
     inverse_kernel[(plan.chunks * h,)](
         k, beta, g, inverse, cu_seqlens, plan.chunk_owners, tokens, h,
         **{n: x for n, x in plan.sizes(plan.tiles.inverse, l2norm).items() if n not in ("V", "BV")},
@@ -173,6 +199,17 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+class GradientTile(NamedTuple):
+    """How ``gradient_kernel`` is cut: columns of K a program owns; columns of V at a time in products with the
+    state, and in all others; warps and loads in flight."""
+
+    bk: int
+    bv: int
+    br: int
+    num_warps: int
+    num_stages: int
+
+
 class Tiles(NamedTuple):
     """The tiles of all kernels for one pair of head sizes."""
 
@@ -181,7 +218,8 @@ class Tiles(NamedTuple):
     inverse: Tile
     scan: Tile
     reverse: Tile
-    gradient: Tile
+    gradient: GradientTile
+    gated_gradient: GradientTile
 
 
 def choose_tiles(kd: int, vd: int, itemsize: int, few: bool, tensor_memory: bool = False) -> Tiles:
@@ -195,10 +233,12 @@ def choose_tiles(kd: int, vd: int, itemsize: int, few: bool, tensor_memory: bool
     if wide:
         bv = min(whole, 16 if itemsize > 2 and bk > 128 else 32)
         tile = Tile(bv, 4, 1)
-        return Tiles(chunk, False, Tile(bv, 4, 1), tile, tile, Tile(bv, 8, 1))
+        gradient = GradientTile(min(bk, 64), bv, bv, 4, 1)
+        return Tiles(chunk, False, Tile(bv, 4, 1), tile, tile, gradient, gradient)
     bv = min(whole, 32 if few or bk == 128 else 64)
     scan = Tile(bv, 4, stages)
-    return Tiles(chunk, True, Tile(bv, 4, 1), scan, scan, Tile(whole, 8, 1))
+    gradient, gated = (GradientTile(min(bk, most), whole, min(whole, 64), 8, 1) for most in (64, 32))
+    return Tiles(chunk, True, Tile(bv, 4, 1), scan, scan, gradient, gated)
 
 
 def block(size: int) -> int:
@@ -431,6 +471,7 @@ def scan_kernel(
     inverse,  # [B, T, H, BT]
     initial,  # [N, H, K, V] float32 or None; with RESCAN the kept states, [places of groups, H, K, V]
     o,  # [B, T, H, V]; None for RESCAN
+    u,  # [B, T, H, V] or None
     final_state,  # [N, H, K, V] float32 or None
     states,  # [N, N_STATES, H, K, V] float32 or None
     checkpoints,  # [places of groups, H, K, V] float32 or None
@@ -524,6 +565,8 @@ def scan_kernel(
         b_v = tl.load(v + (o_x[:, None] * V + o_v[None, :]), mask=m_tv, other=0).to(tl.float32)
         b_r = b_v - b_read[:, None] * tl.dot(b_k, b_h, input_precision=PRECISION)
         b_u = tl.dot(b_m, (b_beta[:, None] * b_r).to(dtype), input_precision=PRECISION)
+        if u is not None:
+            tl.store(u + (o_x[:, None] * V + o_v[None, :]), b_u.to(dtype), mask=m_tv)
         if o is not None:
             b_q = tl.load(q + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
             b_nq = _norms(b_q, L2NORM, EPS) * scale
@@ -647,14 +690,48 @@ def reverse_kernel(
     tl.store(d_initial + i_state + o_s, b_ds, mask=m_s)
 
 
+@triton.jit
+def _row_norms(p_x, o_x, m_t, K: tl.constexpr, BK: tl.constexpr, L2NORM: tl.constexpr, EPS: tl.constexpr):
+    """``_norms`` of rows [BT] in memory, read BK columns at a time."""
+    b_n = tl.full(o_x.shape, 1.0, tl.float32)
+    if L2NORM:
+        b_n = tl.zeros(o_x.shape, tl.float32)
+        for i_k in range((K + BK - 1) // BK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m = m_t[:, None] & (o_k < K)[None, :]
+            b_x = tl.load(p_x + (o_x[:, None] * K + o_k[None, :]), mask=m, other=0).to(tl.float32)
+            b_n += tl.sum(b_x * b_x, 1)
+        b_n = tl.rsqrt(b_n + EPS)
+    return b_n
+
+
+@triton.jit
+def _tokens(length, i_c, H, BT: tl.constexpr, PHASE: tl.constexpr):
+    """The tokens of chunk ``i_c``: numbers inside it, whether they exist, rows in memory. [BT] each.
+
+    ``i_c >> 30`` is 0. The compiler does not know that, so it works all of this out again in every PHASE instead of
+    keeping masks and addresses in registers from one to the next and from chunk to chunk, which it would spill.
+    """
+    o_i = tl.arange(0, BT) + (i_c >> (30 - PHASE))
+    return o_i, i_c * BT + o_i < length, o_i * H
+
+
+@triton.jit
+def _again(b_x, i_c, PHASE: tl.constexpr):  # [BT] -> [BT]
+    """``b_x``, which the compiler does not know: it lays it out anew along rows and columns of a product in every
+    PHASE instead of keeping 16 registers for each from one to the next."""
+    return b_x * ((i_c >> (30 - PHASE)) + 1.0)
+
+
 @triton.jit(do_not_specialize=["T"])
 def gradient_kernel(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
     v,  # [B, T, H, V]
+    o,  # [B, T, H, V] or None without L2NORM
+    u,  # [B, T, H, V]
     beta,  # [B, T, H]
     g,  # [B, T, H] or None
-    inverse,  # [B, T, H, BT]
     kept,  # [places of groups, H, K, V]  the state before every group
     d_o,  # [B, T, H, V]
     d_r,  # [B, T, H, V]
@@ -662,61 +739,65 @@ def gradient_kernel(
     dq,  # [B, T, H, K]
     dk,  # [B, T, H, K]
     dv,  # [B, T, H, V]
-    dbeta,  # [B, T, H]
-    dg,  # [B, T, H] or None
+    sums,  # [blocks of K, 1 or, with g, 2, B, T, H] float32, shares of dbeta and dg
     cu_seqlens,  # [N + 1] or None
     owners,  # [places of groups] or None
     scale,
     T,
     H,
+    SHARE,
+    ALL,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    BR: tl.constexpr,
     BT: tl.constexpr,
     GROUP: tl.constexpr,
     L2NORM: tl.constexpr,
     EPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: the gradients of all inputs over one group of GROUP chunks and one head.
+    """One program: BK columns of dq and dk over one group of GROUP chunks and one head.
 
-    Reads q, k, v, dO, dR', M, beta, g and every chunk's dS' once and the state before the group once, carries
-    the state through the group on the chip (GROUP > 1, BV >= V) or reads every chunk's (GROUP = 1, then v, dO,
-    dR' and the states once for each of its uses, block of V after block); writes dq, dk, dv, dbeta, dg once.
+    With U given, rows of the state do not meet: a program carries its BK rows of S (as S^T) through the group on
+    the chip (GROUP > 1, BV >= V) or reads those of every chunk (GROUP = 1, block of V after block). Reads its
+    columns of q and k and of every chunk's dS', and v, o, U, dO, dR', beta and g; writes its columns of dq and
+    dk, its share of dbeta and dg, and the first program of a head dv.
+
+    Rows of dq and dk are made orthogonal to q and k without the other columns: ``<dq_i, q_i> = <dO_i, o_i>``, as
+    o is linear in q, and ``<dk_i, k_i> = <dR'_i, 2 u_i - beta_i v_i>``, as scaling what k_i writes scales u_i and
+    scaling what it reads scales ``u_i - beta_i v_i``.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
+    NK: tl.constexpr = (K + BK - 1) // BK
+    NR: tl.constexpr = (V + BR - 1) // BR
     pid = tl.program_id(0)
-    i_h = pid % H
-    i_group = pid // H
+    i_k = pid % NK
+    i_h = (pid // NK) % H
+    i_group = pid // NK // H
     i_n = _owner(cu_seqlens, owners, i_group, T, GROUP * BT)
     begin, length = _sequence(cu_seqlens, i_n, T)
     i_place = _place(cu_seqlens, i_n, begin, T, BT)
     first = (i_group - _place(cu_seqlens, i_n, begin, T, GROUP * BT)).to(tl.int32) * GROUP
     chunks = tl.minimum(tl.cdiv(length, BT), first + GROUP)
 
-    o_i = tl.arange(0, BT)
-    o_x = o_i * H
-    o_k = tl.arange(0, BK)
+    o_k = i_k * BK + tl.arange(0, BK)
     m_k = o_k < K
     o_v = tl.arange(0, BV)
-    o_s = o_k[:, None] * V + o_v[None, :]
     dtype = k.dtype.element_ty
     p_kept = kept + (i_group.to(tl.int64) * H + i_h) * (K * V)
-    o_st = o_v[:, None] + o_k[None, :] * V
+    o_st = o_v[:, None] + o_k[None, :] * V  # of S^T
     if GROUP > 1:
         b_s = tl.load(p_kept + o_st, mask=(o_v < V)[:, None] & m_k[None, :], other=0).to(tl.float32)
 
     for i_c in range(first, chunks):
+        o_i, m_t, o_x = _tokens(length, i_c, H, BT, 0)
         i_x = (begin + i_c * BT) * H + i_h
-        m_t = i_c * BT + o_i < length
         p_ds = d_chunk_states + ((i_place + i_c) * H + i_h) * (K * V)
-        m_tk = m_t[:, None] & m_k[None, :]
-        o_xk = o_x[:, None] * K + o_k[None, :]
-        b_k = tl.load(k + i_x * K + o_xk, mask=m_tk, other=0)
-        b_m = tl.load(inverse + i_x * BT + (o_x[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0)
         b_beta = tl.load(beta + i_x + o_x, mask=m_t, other=0).to(tl.float32)
-        b_nk = _norms(b_k, L2NORM, EPS)
+        b_nk = _row_norms(k + i_x * K, o_x, m_t, K, BK, L2NORM, EPS)
+        b_nq = _row_norms(q + i_x * K, o_x, m_t, K, BK, L2NORM, EPS)
         b_from = tl.full((BT,), 1.0, tl.float32)
         b_to = b_from
         if g is not None:
@@ -724,124 +805,208 @@ def gradient_kernel(
             b_from = tl.exp(b_high)
             b_to = tl.exp((high - b_high) + (low - b_low))
 
-        # Through U^T: dP and -dA; what is written to the state, as dK^T; dv and dbeta.
-        b_dp = tl.zeros((BT, BT), tl.float32)
-        b_da = tl.zeros((BT, BT), tl.float32)
-        b_dkt = tl.zeros((BK, BT), tl.float32)
+        # What needs no matrix: dv, dbeta's first part, and the inner products of rows.
         b_dbeta = tl.zeros((BT,), tl.float32)
-        b_ut = tl.zeros((BV, BT), tl.float32)
-        b_uh = b_ut.to(dtype)
-        m_v = o_v < V
-        through = tl.zeros((1,), tl.float32)
-        if GROUP > 1:
-            b_h = b_s.to(dtype)
-        for i_v in range(NV):
+        b_qq = tl.zeros((BT,), tl.float32)
+        b_kk = tl.zeros((BT,), tl.float32)
+        for i_r in range(NR):
+            o_r = i_r * BR + tl.arange(0, BR)
+            m_r = m_t[:, None] & (o_r < V)[None, :]
+            o_xr = o_x[:, None] * V + o_r[None, :]
+            b_r = tl.load(d_r + i_x * V + o_xr, mask=m_r, other=0).to(tl.float32)
+            b_v = tl.load(v + i_x * V + o_xr, mask=m_r, other=0).to(tl.float32)
+            b_rv = tl.sum(b_r * b_v, 1)
+            b_dbeta += b_rv
+            tl.store(dv + i_x * V + o_xr, (b_beta[:, None] * b_r).to(dtype), mask=m_r & (i_k == 0))
+            if L2NORM:
+                b_v = tl.load(u + i_x * V + o_xr, mask=m_r, other=0).to(tl.float32)
+                b_kk += 2 * tl.sum(b_r * b_v, 1) - b_beta * b_rv
+                b_v = tl.load(o + i_x * V + o_xr, mask=m_r, other=0).to(tl.float32)
+                b_r = tl.load(d_o + i_x * V + o_xr, mask=m_r, other=0).to(tl.float32)
+                b_qq += tl.sum(b_r * b_v, 1)
+        b_dbeta = tl.where(i_k == 0, b_dbeta, 0.0)
+
+        # dq = e^G dO S^T + dP K
+        a_nk = _again(b_nk, i_c, 1)
+        a_nq = _again(b_nq, i_c, 1)
+        a_from = _again(b_from, i_c, 1)
+        a_qq = _again(b_qq, i_c, 1)
+        if g is not None:
+            a_high = _again(b_high, i_c, 1)
+            a_low = _again(b_low, i_c, 1)
+        o_i, m_t, o_x = _tokens(length, i_c, H, BT, 1)
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_p = o_i[:, None] >= o_i[None, :]
+        b_p = tl.zeros((BT, BT), tl.float32)
+        for i_r in range(NR):
+            o_r = i_r * BR + tl.arange(0, BR)
+            m_r = m_t[:, None] & (o_r < V)[None, :]
+            o_xr = o_x[:, None] * V + o_r[None, :]
+            b_y = tl.load(d_o + i_x * V + o_xr, mask=m_r, other=0)
+            b_u = tl.load(u + i_x * V + o_xr, mask=m_r, other=0)
+            b_p = tl.dot(b_y, tl.trans(b_u), b_p, input_precision=PRECISION)
+        b_k = tl.load(k + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        b_p = tl.where(m_p, b_p * a_nk[None, :], 0.0)
+        if g is not None:
+            b_p *= _between(a_high[:, None], a_low[:, None], a_high[None, :], a_low[None, :], m_p)
+            b_q = tl.load(q + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+            b_f = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_p
+            b_f = tl.where(o_i[:, None] > o_i[None, :], b_f * (a_nq * scale)[:, None], 0.0)
+            b_dg = tl.sum(b_f, 1) - tl.sum(b_f, 0)
+        b_w = b_p.to(dtype)
+        o_i, m_t, o_x = _tokens(length, i_c, H, BT, 9)
+        m_tk = m_t[:, None] & m_k[None, :]
+        b_dx = tl.zeros((BT, BK), tl.float32)
+        for i_v in range(NV + (i_c >> 30)):
             m_v = i_v * BV + o_v < V
-            m_tv = m_t[:, None] & m_v[None, :]
             o_xv = o_x[:, None] * V + (i_v * BV + o_v)[None, :]
+            b_y = tl.load(d_o + i_x * V + o_xv, mask=m_t[:, None] & m_v[None, :], other=0)
             if GROUP == 1:
                 b_h = tl.load(p_kept + o_st + i_v * BV, mask=m_v[:, None] & m_k[None, :], other=0)
-            b_v = tl.load(v + i_x * V + o_xv, mask=m_tv, other=0)
-            b_ut = tl.dot(b_h, tl.trans(b_k), input_precision=PRECISION) * (b_nk * b_from)[None, :]
-            b_ut = tl.trans(b_v).to(tl.float32) - b_ut  # R^T
-            b_dr = tl.load(d_r + i_x * V + o_xv, mask=m_tv, other=0)
-            b_dbeta += tl.sum(tl.trans(b_dr).to(tl.float32) * b_ut, 0)
-            b_ut = tl.dot((b_beta[None, :] * b_ut).to(dtype), tl.trans(b_m), input_precision=PRECISION)
-            tl.store(dv + i_x * V + o_xv, (b_beta[:, None] * b_dr.to(tl.float32)).to(dtype), mask=m_tv)
-            b_uh = b_ut.to(dtype)
-            b_da = tl.dot(b_dr, b_uh, b_da, input_precision=PRECISION)
-            b_do = tl.load(d_o + i_x * V + o_xv, mask=m_tv, other=0)
-            b_dp = tl.dot(b_do, b_uh, b_dp, input_precision=PRECISION)
+            else:
+                b_h = b_s.to(dtype)
+            b_dx = tl.dot(b_y, b_h, b_dx, input_precision=PRECISION)
+        b_q = tl.load(q + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        if g is not None:
+            b_dx *= a_from[:, None]
+            b_dg += tl.sum(b_dx * b_q.to(tl.float32), 1) * a_nq * scale
+        b_dx = tl.dot(b_w, b_k, b_dx, input_precision=PRECISION) * scale
+        if L2NORM:
+            b_dx = (b_dx - b_q.to(tl.float32) * (a_qq * a_nq)[:, None]) * a_nq[:, None]
+        o_i, m_t, o_x = _tokens(length, i_c, H, BT, 7)
+        m_tk = m_t[:, None] & m_k[None, :]
+        tl.store(dq + i_x * K + (o_x[:, None] * K + o_k[None, :]), b_dx.to(dtype), mask=m_tk)
+
+        # dk where it reads: -beta e^G dR' S^T + E K, E = beta dA
+        a_nk = _again(b_nk, i_c, 2)
+        a_beta = _again(b_beta, i_c, 2)
+        a_from = _again(b_from, i_c, 2)
+        if g is not None:
+            a_high = _again(b_high, i_c, 2)
+            a_low = _again(b_low, i_c, 2)
+        o_i, m_t, o_x = _tokens(length, i_c, H, BT, 2)
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_p = o_i[:, None] > o_i[None, :]
+        b_p = tl.zeros((BT, BT), tl.float32)
+        for i_r in range(NR):
+            o_r = i_r * BR + tl.arange(0, BR)
+            m_r = m_t[:, None] & (o_r < V)[None, :]
+            o_xr = o_x[:, None] * V + o_r[None, :]
+            b_y = tl.load(d_r + i_x * V + o_xr, mask=m_r, other=0)
+            b_u = tl.load(u + i_x * V + o_xr, mask=m_r, other=0)
+            b_p = tl.dot(b_y, tl.trans(b_u), b_p, input_precision=PRECISION)
+        b_k = tl.load(k + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        b_p = tl.where(m_p, -b_p * a_nk[None, :], 0.0)
+        if g is not None:
+            b_p *= _between(a_high[:, None], a_low[:, None], a_high[None, :], a_low[None, :], m_p)
+        b_f = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_p * a_nk[:, None]
+        b_dbeta += tl.sum(b_f, 1)
+        if g is not None:
+            b_f *= a_beta[:, None]
+            b_dg += tl.sum(b_f, 1) - tl.sum(b_f, 0)
+        b_w = b_p.to(dtype)
+        o_i, m_t, o_x = _tokens(length, i_c, H, BT, 10)
+        m_tk = m_t[:, None] & m_k[None, :]
+        b_dx = tl.zeros((BT, BK), tl.float32)
+        for i_v in range(NV + (i_c >> 30)):
+            m_v = i_v * BV + o_v < V
+            o_xv = o_x[:, None] * V + (i_v * BV + o_v)[None, :]
+            b_y = tl.load(d_r + i_x * V + o_xv, mask=m_t[:, None] & m_v[None, :], other=0)
             if GROUP == 1:
-                b_ds = tl.load(p_ds + o_s + i_v * BV, mask=m_k[:, None] & m_v[None, :], other=0)
-                b_dkt = tl.dot(b_ds, b_uh, b_dkt, input_precision=PRECISION)
-                if g is not None:
-                    through += tl.sum(
-                        tl.sum(tl.trans(b_ds).to(tl.float32) * b_h.to(tl.float32), 1, keep_dims=True), 0
-                    )
+                b_h = tl.load(p_kept + o_st + i_v * BV, mask=m_v[:, None] & m_k[None, :], other=0)
+            else:
+                b_h = b_s.to(dtype)
+            b_dx = tl.dot(b_y, b_h, b_dx, input_precision=PRECISION)
+        b_dx *= -a_from[:, None]
+        b_row = tl.sum(b_dx * b_k.to(tl.float32), 1) * a_nk
+        b_dbeta += b_row
+        tl.store(sums + i_k.to(tl.int64) * SHARE + i_x + o_x, b_dbeta, mask=m_t)
+        b_dx = tl.dot(b_w, b_k, b_dx, input_precision=PRECISION) * a_beta[:, None]
+
+        # dk where it writes: + e^{G_C - G} U dS'^T + E^T K + dP^T Q
+        a_nk = _again(b_nk, i_c, 3)
+        a_beta = _again(b_beta, i_c, 3)
+        a_to = _again(b_to, i_c, 3)
+        o_i, m_t, o_x = _tokens(length, i_c, H, BT, 3)
+        m_tk = m_t[:, None] & m_k[None, :]
+        b_e = tl.zeros((BT, BK), tl.float32)
+        through = tl.zeros((1,), tl.float32)
+        for i_v in range(NV + (i_c >> 30)):
+            m_v = i_v * BV + o_v < V
+            o_xv = o_x[:, None] * V + (i_v * BV + o_v)[None, :]
+            b_u = tl.load(u + i_x * V + o_xv, mask=m_t[:, None] & m_v[None, :], other=0)
+            b_ds = tl.load(p_ds + o_st + i_v * BV, mask=m_v[:, None] & m_k[None, :], other=0)
+            b_e = tl.dot(b_u, b_ds, b_e, input_precision=PRECISION)
+            if g is not None:
+                if GROUP == 1:
+                    b_h = tl.load(p_kept + o_st + i_v * BV, mask=m_v[:, None] & m_k[None, :], other=0)
+                    b_sh = b_h.to(tl.float32)
+                else:
+                    b_sh = b_s
+                through += tl.sum(tl.sum(b_ds.to(tl.float32) * b_sh, 1, keep_dims=True), 0)
+        if g is not None:
+            b_e *= a_to[:, None]
+            b_written = tl.sum(b_e * b_k.to(tl.float32), 1) * a_nk
+            b_dg += b_row * a_beta
+            # written by a token: the decays of all later ones of the chunk keep it
+            b_dg = tl.cumsum(b_dg, 0, reverse=True) + (tl.cumsum(b_written, 0) - b_written)
+            b_dg += through * tl.exp(high)
+            tl.store(sums + i_k.to(tl.int64) * SHARE + ALL + i_x + o_x, b_dg, mask=m_t)
+        b_dx += b_e
+        o_i, m_t, o_x = _tokens(length, i_c, H, BT, 4)
+        a_nq = _again(b_nq, i_c, 4)
+        if g is not None:
+            a_high = _again(b_high, i_c, 4)
+            a_low = _again(b_low, i_c, 4)
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_p = o_i[:, None] <= o_i[None, :]
+        b_p = tl.zeros((BT, BT), tl.float32)  # [j, i]
+        for i_r in range(NR):
+            o_r = i_r * BR + tl.arange(0, BR)
+            m_r = m_t[:, None] & (o_r < V)[None, :]
+            o_xr = o_x[:, None] * V + o_r[None, :]
+            b_y = tl.load(d_o + i_x * V + o_xr, mask=m_r, other=0)
+            b_u = tl.load(u + i_x * V + o_xr, mask=m_r, other=0)
+            b_p = tl.dot(b_u, tl.trans(b_y), b_p, input_precision=PRECISION)
+        b_p = tl.where(m_p, b_p * (a_nq * scale)[None, :], 0.0)
+        if g is not None:
+            b_p *= _between(a_high[None, :], a_low[None, :], a_high[:, None], a_low[:, None], m_p)
+        b_q = tl.load(q + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        b_dx = tl.dot(b_p.to(dtype), b_q, b_dx, input_precision=PRECISION)
+        o_i, m_t, o_x = _tokens(length, i_c, H, BT, 5)
+        a_nk = _again(b_nk, i_c, 5)
+        a_beta = _again(b_beta, i_c, 5)
+        a_kk = _again(b_kk, i_c, 5)
+        if g is not None:
+            a_high = _again(b_high, i_c, 5)
+            a_low = _again(b_low, i_c, 5)
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_p = o_i[:, None] < o_i[None, :]
+        b_p = tl.zeros((BT, BT), tl.float32)
+        for i_r in range(NR):
+            o_r = i_r * BR + tl.arange(0, BR)
+            m_r = m_t[:, None] & (o_r < V)[None, :]
+            o_xr = o_x[:, None] * V + o_r[None, :]
+            b_y = tl.load(d_r + i_x * V + o_xr, mask=m_r, other=0)
+            b_u = tl.load(u + i_x * V + o_xr, mask=m_r, other=0)
+            b_p = tl.dot(b_u, tl.trans(b_y), b_p, input_precision=PRECISION)
+        b_p = tl.where(m_p, -b_p * (a_nk * a_beta)[None, :], 0.0)
+        if g is not None:
+            b_p *= _between(a_high[None, :], a_low[None, :], a_high[:, None], a_low[:, None], m_p)
+        b_k = tl.load(k + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        b_dx = tl.dot(b_p.to(dtype), b_k, b_dx, input_precision=PRECISION)
+        if L2NORM:
+            b_dx = (b_dx - b_k.to(tl.float32) * (a_kk * a_nk)[:, None]) * a_nk[:, None]
+        o_i, m_t, o_x = _tokens(length, i_c, H, BT, 8)
+        m_tk = m_t[:, None] & m_k[None, :]
+        tl.store(dk + i_x * K + (o_x[:, None] * K + o_k[None, :]), b_dx.to(dtype), mask=m_tk)
+
         if GROUP > 1:
             if g is not None:
-                b_ds = tl.load(p_ds + o_st, mask=m_v[:, None] & m_k[None, :], other=0)
-                through = tl.sum(tl.sum(b_ds.to(tl.float32) * b_s, 1, keep_dims=True), 0)
                 b_s *= tl.exp(high)
-            b_w = ((b_nk * b_to)[None, :] * b_ut).to(dtype)
-            b_s = tl.dot(b_w, b_k, b_s, input_precision=PRECISION)
-
-        # The pairs, row i, column j.
-        b_q = tl.load(q + i_x * K + o_xk, mask=m_tk, other=0)
-        b_nq = _norms(b_q, L2NORM, EPS)
-        m_p = o_i[:, None] >= o_i[None, :]
-        m_l = o_i[:, None] > o_i[None, :]
-        b_da = tl.where(m_l, -b_da, 0.0)
-        b_dp = tl.where(m_p, b_dp, 0.0)
-        if g is not None:
-            b_d = _between(b_high[:, None], b_low[:, None], b_high[None, :], b_low[None, :], m_p)
-            b_da *= b_d
-            b_dp *= b_d
-        b_l = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_nk[:, None] * b_nk[None, :]
-        b_l *= b_da
-        b_dbeta += tl.sum(b_l, 1)
-        tl.store(dbeta + i_x + o_x, b_dbeta.to(dbeta.dtype.element_ty), mask=m_t)
-        if g is not None:
-            b_l *= b_beta[:, None]
-            b_p = (
-                tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-                * (b_nq * scale)[:, None]
-                * b_nk[None, :]
+            o_i, m_t, o_x = _tokens(length, i_c, H, BT, 6)
+            b_u = tl.load(
+                u + i_x * V + o_x[:, None] * V + o_v[None, :], mask=m_t[:, None] & (o_v < V)[None, :], other=0
             )
-            b_l = tl.where(m_l, b_l + b_dp * b_p, 0.0)
-            b_dg = tl.sum(b_l, 1) - tl.sum(b_l, 0)
-        b_da *= b_beta[:, None]  # E
-
-        b_wq = (b_dp * b_nk[None, :]).to(dtype)
-        b_wk = (b_da * b_nk[None, :]).to(dtype)
-        b_dx = tl.zeros((BT, BK), tl.float32)
-        for i_v in range(NV):
-            m_v = i_v * BV + o_v < V
-            o_xv = o_x[:, None] * V + (i_v * BV + o_v)[None, :]
-            if GROUP == 1:
-                b_h = tl.load(p_kept + o_st + i_v * BV, mask=m_v[:, None] & m_k[None, :], other=0)
-            b_do = tl.load(d_o + i_x * V + o_xv, mask=m_t[:, None] & m_v[None, :], other=0)
-            b_dx = tl.dot(b_do, b_h, b_dx, input_precision=PRECISION)
-        b_dx *= b_from[:, None]
-        if g is not None:
-            b_dg += tl.sum(b_dx * b_q.to(tl.float32), 1) * b_nq * scale
-        b_dx = (b_dx + tl.dot(b_wq, b_k, input_precision=PRECISION)) * scale
-        if L2NORM:
-            b_f = tl.load(q + i_x * K + o_xk, mask=m_tk, other=0).to(tl.float32)
-            b_dx = (b_dx - b_f * (tl.sum(b_dx * b_f, 1) * b_nq * b_nq)[:, None]) * b_nq[:, None]
-        tl.store(dq + i_x * K + o_xk, b_dx.to(dtype), mask=m_tk)
-
-        # What reads as dK^T: U dS'^T, (E^T K)^T and (dP^T Q)^T.
-        if GROUP > 1:
-            b_ds = tl.load(p_ds + o_s, mask=m_k[:, None] & m_v[None, :], other=0)
-            b_dkt = tl.dot(b_ds, b_uh, input_precision=PRECISION)
-        b_dkt *= b_to[None, :]
-        if g is not None:
-            b_written = tl.sum(b_dkt * tl.trans(b_k).to(tl.float32), 0) * b_nk
-            # written by a token: the decays of all later ones of the chunk keep it
-            b_kept = through * tl.exp(high) + (tl.cumsum(b_written, 0) - b_written)
-        b_w = (b_da * b_nk[:, None]).to(dtype)
-        b_dkt = tl.dot(tl.trans(b_k), b_w, b_dkt, input_precision=PRECISION)
-        b_w = (b_dp * (b_nq * scale)[:, None]).to(dtype)
-        b_dkt = tl.dot(tl.trans(b_q), b_w, b_dkt, input_precision=PRECISION)
-
-        b_dx = tl.zeros((BT, BK), tl.float32)
-        for i_v in range(NV):
-            m_v = i_v * BV + o_v < V
-            o_xv = o_x[:, None] * V + (i_v * BV + o_v)[None, :]
-            if GROUP == 1:
-                b_h = tl.load(p_kept + o_st + i_v * BV, mask=m_v[:, None] & m_k[None, :], other=0)
-            b_dr = tl.load(d_r + i_x * V + o_xv, mask=m_t[:, None] & m_v[None, :], other=0)
-            b_dx = tl.dot(b_dr, b_h, b_dx, input_precision=PRECISION)
-        b_dx *= -(b_from * b_beta)[:, None]
-        if g is not None:
-            b_dg += tl.sum(b_dx * b_k.to(tl.float32), 1) * b_nk
-            b_dg = tl.cumsum(b_dg, 0, reverse=True) + b_kept
-            tl.store(dg + i_x + o_x, b_dg.to(dg.dtype.element_ty), mask=m_t)
-        b_dx += tl.dot(b_wk, b_k, input_precision=PRECISION)
-        b_dx += tl.trans(b_dkt)
-        if L2NORM:
-            b_f = tl.load(k + i_x * K + o_xk, mask=m_tk, other=0).to(tl.float32)
-            b_dx = (b_dx - b_f * (tl.sum(b_dx * b_f, 1) * b_nk * b_nk)[:, None]) * b_nk[:, None]
-        tl.store(dk + i_x * K + o_xk, b_dx.to(dtype), mask=m_tk)
+            b_kw = (b_k.to(tl.float32) * (b_nk * b_to)[:, None]).to(dtype)
+            b_s = tl.dot(tl.trans(b_u), b_kw, b_s, input_precision=PRECISION)

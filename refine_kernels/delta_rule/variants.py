@@ -23,14 +23,14 @@ FLOAT32_SPILL_BUDGET = 65_536  # products of float32 in full are sums over regis
 OPTIONAL = {  # what a kernel does without, by purpose
     "inverse": {"plain": ("g",), "gated": ()},
     "scan": {
-        "plain": ("g", "initial", "final_state", "states", "checkpoints", "chunk_states"),
-        "gated": ("initial", "final_state", "states", "checkpoints", "chunk_states"),
+        "plain": ("g", "u", "initial", "final_state", "states", "checkpoints", "chunk_states"),
+        "gated": ("u", "initial", "final_state", "states", "checkpoints", "chunk_states"),
         "gated training": ("chunk_states",),
         "plain training": ("g", "chunk_states"),
     },
     "rescan": {
-        "plain": ("q", "o", "g", "final_state", "states", "checkpoints"),
-        "gated": ("q", "o", "final_state", "states", "checkpoints"),
+        "plain": ("q", "o", "u", "g", "final_state", "states", "checkpoints"),
+        "gated": ("q", "o", "u", "final_state", "states", "checkpoints"),
     },
     "reverse": {
         "plain": ("g", "d_final", "d_states"),
@@ -38,9 +38,9 @@ OPTIONAL = {  # what a kernel does without, by purpose
         "gated states": (),
         "plain states": ("g",),
     },
-    "gradient": {"plain": ("g", "dg"), "gated": ()},
+    "gradient": {"plain": ("g",), "gated": ()},
 }
-FLOAT32 = ("beta", "g", "dbeta", "dg", "initial", "final_state", "states", "checkpoints", "d_final", "d_states",
+FLOAT32 = ("beta", "g", "sums", "initial", "final_state", "states", "checkpoints", "d_final", "d_states",
            "d_initial")  # fmt: skip
 
 
@@ -87,11 +87,14 @@ def _variant(
     """With packed sequences, whose address arithmetic is the longer one."""
     name = "scan" if kernel == "rescan" else kernel
     function, tile = getattr(triton_chunk, f"{name}_kernel"), getattr(tiles, name)
+    if kernel == "gradient" and purpose.startswith("gated"):
+        tile = tiles.gated_gradient
     group = triton_chunk.GROUP_TOKENS // tiles.chunk
     if kernel == "gradient" and not tiles.carry:
         group = 1
     constants = {
-        "K": kd, "V": vd, "BK": triton_chunk.block(kd), "BV": tile.bv, "BT": tiles.chunk, "GROUP": group,
+        "K": kd, "V": vd, "BK": getattr(tile, "bk", triton_chunk.block(kd)), "BV": tile.bv,
+        "BR": getattr(tile, "br", None), "BT": tiles.chunk, "GROUP": group,
         "RESCAN": kernel == "rescan", "L2NORM": True, "EPS": L2_NORM_EPS,
         "PRECISION": triton_chunk.precision_of(dtype),
     }  # fmt: skip
@@ -102,6 +105,8 @@ def _variant(
         n for n in without if n in names
     )
     pointers = dict.fromkeys(names[: names.index("T")], POINTERS[dtype])
+    if kernel == "gradient" and tiles.carry:
+        pointers["kept"] = "*fp32"
     pointers |= dict.fromkeys(FLOAT32, "*fp32") | {"cu_seqlens": "*i64", "owners": "*i32", "scale": "fp32"}
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
     return KernelVariant(
