@@ -66,7 +66,7 @@ def test_all_needle_tasks_and_files_of_questions(tmp_path):
     arguments += ["--ruler_qa_files", str(questions), "--longbench_files", str(documents)]
     assert evaluation.main(arguments) == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    names = {score["task"] for score in found["results"]}
+    names = {score["task"] for score in found["scores"]}
     assert {
         "niah_single_1",
         "niah_multikey_3",
