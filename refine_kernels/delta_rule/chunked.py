@@ -166,7 +166,7 @@ def checkpoint_count(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:  
     return min(whole // most + cu_seqlens.shape[0] - 1, chunks - 1)
 
 
-def kept_count(q: torch.Tensor, v: torch.Tensor) -> int:  # [B, T, H, K], [B, T, H, V]
+def kept_count(q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None) -> int:
     """Numbers of q's dtype that ``forward`` keeps for the backward beside states."""
     return 0
 

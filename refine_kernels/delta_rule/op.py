@@ -233,7 +233,7 @@ def _(
         new_states(rows if output_final_state else 0),
         new_states(rows, counted),
         new_states(checkpoints, q.shape[0]),
-        q.new_empty(implementation.kept_count(q, v) if for_backward else 0),
+        q.new_empty(implementation.kept_count(q, v, g) if for_backward else 0),
     )
 
 

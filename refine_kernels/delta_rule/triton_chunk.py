@@ -63,20 +63,27 @@ def forward(
     final_state = states.new_empty(plan.rows if output_final_state else 0, h, kd, vd)
     groups = checkpoint_count(q, cu_seqlens) if for_backward else 0
     checkpoints = new_states(groups, b, h, kd, vd, dtype=torch.float32, device=q.device)
-    kept = q.new_empty(kept_count(q, v) if for_backward else 0)
+    kept = q.new_empty(kept_count(q, v, g) if for_backward else 0)
     if b * h == 0:
         return o, final_state, states, checkpoints, kept
-    u, inverse = _kept(kept, v, plan) if for_backward else (None, None)
-    inverse = _inverse(plan, k, beta, g, cu_seqlens, l2norm, inverse)
+    if not for_backward:  # no U
+        decays, u, inverse = None if g is None else g.new_empty(2, *g.shape, dtype=torch.float32), None, None
+        inverse = q.new_empty(*q.shape[:3], plan.chunk)
+    else:
+        decays, u, inverse = _kept(kept, v, plan, g is not None)
+    inverse_kernel[(plan.chunks * h,)](
+        k, beta, g, inverse, decays, cu_seqlens, plan.chunk_owners, q.shape[1], h, beta.numel(),
+        **{n: x for n, x in plan.sizes(plan.tiles.inverse, l2norm).items() if n not in ("V", "BV")},
+    )  # fmt: skip
     tile = plan.tiles.scan
     blocks = triton.cdiv(vd, tile.bv)
     scan_kernel[(plan.rows * h * blocks,)](
-        q, k, v, beta, g, inverse, initial_state, o, u,
+        q, k, v, beta, decays, inverse, initial_state, o, u,
         final_state if output_final_state else None,
         states if most else None,
         checkpoints if for_backward else None,
         None, cu_seqlens, None,
-        scale, q.shape[1], h, most, max(state_stride // plan.chunk, 1),
+        scale, q.shape[1], h, beta.numel(), most, max(state_stride // plan.chunk, 1),
         RESCAN=False, GROUP=GROUP_TOKENS // plan.chunk, **plan.sizes(tile, l2norm),
     )  # fmt: skip
     return o, final_state, states, checkpoints, kept
@@ -113,24 +120,24 @@ def backward(
     if b * h == 0:
         dg = q.new_empty(0) if g is None else torch.empty_like(g)
         return dq, dk, dv, torch.empty_like(beta), dg, d_initial
-    u, inverse = _kept(kept, v, plan)
+    decays, u, inverse = _kept(kept, v, plan, g is not None)
 
     chunk_states = None
     if not plan.tiles.carry:
         tile = plan.tiles.scan
         chunk_states = q.new_empty(plan.chunks, h, kd, vd)
         scan_kernel[(plan.groups * h * triton.cdiv(vd, tile.bv),)](
-            None, k, v, beta, g, inverse, checkpoints, None, None, None, None, None,
+            None, k, v, beta, decays, inverse, checkpoints, None, None, None, None, None,
             chunk_states, cu_seqlens, plan.group_owners,
-            scale, tokens, h, 0, 1,
+            scale, tokens, h, beta.numel(), 0, 1,
             RESCAN=True, GROUP=GROUP_TOKENS // plan.chunk, **plan.sizes(tile, l2norm),
         )  # fmt: skip
 
     tile = plan.tiles.reverse
     d_r, d_chunk_states = torch.empty_like(v), q.new_empty(plan.chunks, h, kd, vd)
     reverse_kernel[(plan.rows * h * triton.cdiv(vd, tile.bv),)](
-        q, k, beta, g, inverse, d_o, d_final, d_states, d_r, d_chunk_states, d_initial, cu_seqlens,
-        scale, tokens, h, 0 if d_states is None else d_states.shape[1], max(state_stride // plan.chunk, 1),
+        q, k, beta, decays, inverse, d_o, d_final, d_states, d_r, d_chunk_states, d_initial, cu_seqlens,
+        scale, tokens, h, beta.numel(), 0 if d_states is None else d_states.shape[1], max(state_stride // plan.chunk, 1),
         **plan.sizes(tile, l2norm),
     )  # fmt: skip
 
@@ -139,10 +146,10 @@ def backward(
     blocks = triton.cdiv(kd, tile.bk)
     sums = q.new_empty(blocks, 1 if g is None else 2, *beta.shape, dtype=torch.float32)
     gradient_kernel[((plan.groups if carry else plan.chunks) * h * blocks,)](
-        q, k, v, o if l2norm else None, u, beta, g, checkpoints if carry else chunk_states, d_o, d_r,
+        q, k, v, o if l2norm else None, u, beta, decays, checkpoints if carry else chunk_states, d_o, d_r,
         d_chunk_states, dq, dk, dv, sums,
         cu_seqlens, plan.group_owners if carry else plan.chunk_owners, scale, tokens, h,
-        sums.stride(0), beta.numel(),
+        beta.numel(), sums.stride(0),
         GROUP=GROUP_TOKENS // plan.chunk if carry else 1, BR=tile.br,
         **plan.sizes(tile, l2norm) | {"BK": tile.bk},
     )  # fmt: skip
@@ -159,28 +166,20 @@ def checkpoint_count(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:  
     return q.shape[1] // GROUP_TOKENS + cu_seqlens.shape[0] - 1
 
 
-def kept_count(q: torch.Tensor, v: torch.Tensor) -> int:  # [B, T, H, K], [B, T, H, V]
-    """Numbers of q's dtype that ``forward`` keeps for the backward beside states: U [B, T, H, V] and M
-    [B, T, H, C]."""
+def kept_count(q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None) -> int:
+    """Numbers of q's dtype that ``forward`` keeps for the backward beside states: with g its running sums, two
+    float32 a token and head; U [B, T, H, V] and M [B, T, H, C]."""
     tiles = choose_tiles(q.shape[-1], v.shape[-1], q.element_size(), False, _has_tensor_memory(q.device))
-    return q.shape[0] * q.shape[1] * q.shape[2] * (v.shape[-1] + tiles.chunk)
+    sums = 0 if g is None else 8 // q.element_size()
+    return q.shape[0] * q.shape[1] * q.shape[2] * (sums + v.shape[-1] + tiles.chunk)
 
 
-def _kept(kept: torch.Tensor, v: torch.Tensor, plan) -> tuple[torch.Tensor, torch.Tensor]:
-    """U and M, as views."""
-    return kept[: v.numel()].view(v.shape), kept[v.numel() :].view(*v.shape[:3], plan.chunk)
-
-
-def _inverse(plan, k, beta, g, cu_seqlens, l2norm, inverse) -> torch.Tensor:  # [B, T, H, C] in k's dtype
-    """M, into ``inverse`` if there is one."""
-    b, tokens, h, _ = k.shape
-    if inverse is None:
-        inverse = k.new_empty(b, tokens, h, plan.chunk)
-    inverse_kernel[(plan.chunks * h,)](
-        k, beta, g, inverse, cu_seqlens, plan.chunk_owners, tokens, h,
-        **{n: x for n, x in plan.sizes(plan.tiles.inverse, l2norm).items() if n not in ("V", "BV")},
-    )  # fmt: skip
-    return inverse
+def _kept(kept: torch.Tensor, v: torch.Tensor, plan, gated: bool) -> tuple[torch.Tensor | None, ...]:
+    """Running sums of g, U and M, as views."""
+    tokens = v.shape[:3]
+    sums = tokens.numel() * (8 // v.element_size()) if gated else 0
+    decays = kept[:sums].view(torch.float32).view(2, *tokens) if gated else None
+    return decays, kept[sums:][: v.numel()].view(v.shape), kept[sums + v.numel() :].view(*tokens, plan.chunk)
 
 
 def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -354,25 +353,73 @@ def _norms(b_x, L2NORM: tl.constexpr, EPS: tl.constexpr):  # [BT, BK] -> [BT]
 
 
 @triton.jit
-def _decays(g, o_x, m_t):
-    """Running sums of the log-decays inside the chunk as a pair of float32 whose sum is exact to float64: after
-    a strong decay one float32 no longer resolves the weak ones that follow. Two results: [BT] each, and the
-    total."""
+def _row_norms(p_x, o_x, m_t, K: tl.constexpr, BK: tl.constexpr, L2NORM: tl.constexpr, EPS: tl.constexpr):
+    """``_norms`` of rows [BT] in memory, read BK columns at a time."""
+    b_n = tl.full(o_x.shape, 1.0, tl.float32)
+    if L2NORM:
+        b_n = tl.zeros(o_x.shape, tl.float32)
+        for i_k in range((K + BK - 1) // BK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m = m_t[:, None] & (o_k < K)[None, :]
+            b_x = tl.load(p_x + (o_x[:, None] * K + o_k[None, :]), mask=m, other=0).to(tl.float32)
+            b_n += tl.sum(b_x * b_x, 1)
+        b_n = tl.rsqrt(b_n + EPS)
+    return b_n
+
+
+@triton.jit
+def _sum_decays(g, o_x, m_t):
+    """Running sums of the log-decays inside the chunk, [BT] each, as a pair of float32 whose sum is exact to
+    float64: after a strong decay one float32 no longer resolves the weak ones that follow."""
     b_g = tl.load(g + o_x, mask=m_t, other=0).to(tl.float64)
     b_g = tl.where(b_g < -1e4, -1e4, b_g)
     b_sum = tl.cumsum(b_g, 0)
     b_high = b_sum.to(tl.float32)
-    b_low = (b_sum - b_high.to(tl.float64)).to(tl.float32)
-    total = tl.sum(b_g, 0)
-    high = total.to(tl.float32)
-    low = (total - high.to(tl.float64)).to(tl.float32)
-    return b_high, b_low, high, low
+    return b_high, (b_sum - b_high.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def _decays(decays, ALL, i_x, H, tokens, o_i):
+    """What ``inverse_kernel`` wrote of a chunk of ``tokens`` tokens, whose first is at ``i_x``: the pair for each,
+    [BT], and for the last one. There is no more decay behind it."""
+    o_x = i_x + tl.minimum(o_i, tokens - 1) * H
+    last = decays + i_x + (tokens - 1) * H
+    return tl.load(decays + o_x), tl.load(decays + ALL + o_x), tl.load(last), tl.load(last + ALL)
 
 
 @triton.jit
 def _between(b_high_i, b_low_i, b_high_j, b_low_j, m):
     """``exp(G_i - G_j)`` where ``m`` (i >= j) and 0 elsewhere: masked before exp, which could overflow there."""
     return tl.where(m, tl.exp(tl.where(m, (b_high_i - b_high_j) + (b_low_i - b_low_j), 0.0)), 0.0)
+
+
+@triton.jit
+def _between_at_most_1(b_high_i, b_low_i, b_high_j, b_low_j):
+    """``exp(G_i - G_j)`` where i >= j, something of at most 1 elsewhere: bounded before exp, and the caller masks.
+    gradient_kernel has no registers for the mask."""
+    return tl.exp(tl.minimum((b_high_i - b_high_j) + (b_low_i - b_low_j), 0.0))
+
+
+@triton.jit
+def _anew(o_x, i_c, PHASE: tl.constexpr):
+    """The whole numbers ``o_x``: ``i_c >> 24`` is 0, as a sequence has fewer than 2^24 chunks. The compiler does not
+    know that. So it works addresses and masks out again in every PHASE, instead of keeping them in registers from
+    one to the next and from chunk to chunk, which it would spill."""
+    return o_x + (i_c >> (30 - PHASE))
+
+
+@triton.jit
+def _again(b_x, i_c, PHASE: tl.constexpr):  # [BT] -> [BT]
+    """``b_x`` of float32, likewise: it is laid out anew along rows and columns of a product in every PHASE, where it
+    would take 16 registers in between."""
+    return b_x * ((i_c >> (30 - PHASE)) + 1.0)
+
+
+@triton.jit
+def _tokens(length, i_c, H, BT: tl.constexpr, PHASE: tl.constexpr):
+    """The tokens of chunk ``i_c``: numbers inside it, whether they exist, rows in memory. [BT] each, :func:`_anew`."""
+    o_i = _anew(tl.arange(0, BT), i_c, PHASE)
+    return o_i, i_c * BT + o_i < length, o_i * H
 
 
 @triton.jit
@@ -394,10 +441,12 @@ def inverse_kernel(
     beta,  # [B, T, H]
     g,  # [B, T, H] or None
     inverse,  # [B, T, H, BT]
+    decays,  # [2, B, T, H] float32, or None without g
     cu_seqlens,  # [N + 1] or None
     owners,  # [places] or None
     T,
     H,
+    ALL,
     K: tl.constexpr,
     BK: tl.constexpr,
     BT: tl.constexpr,
@@ -407,7 +456,7 @@ def inverse_kernel(
 ):
     """One program: M = (I + A)^-1, A = diag(beta) strictly_lower(D * K K^T), of one chunk and head.
 
-    Reads k, beta and g once, writes M once. The 16 x 16 blocks on the diagonal by substitution, row after row
+    Reads k, beta and g once, writes M and the running sums of g once. The 16 x 16 blocks on the diagonal by substitution, row after row
     in all of them at once; then blocks of 32 and 64 by ``M <- M - M A_below M``. Substitution keeps its accuracy
     for parallel keys, where powers of A (Neumann doubling) reach 10^8.
     """
@@ -435,7 +484,9 @@ def inverse_kernel(
     b_a = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
     b_a = b_a * (b_beta * b_nk)[:, None] * b_nk[None, :]
     if g is not None:
-        b_high, b_low, _, _ = _decays(g + i_x, o_x, m_t)
+        b_high, b_low = _sum_decays(g + i_x, o_x, m_t)
+        tl.store(decays + i_x + o_x, b_high, mask=m_t)
+        tl.store(decays + ALL + i_x + o_x, b_low, mask=m_t)
         b_a *= _between(b_high[:, None], b_low[:, None], b_high[None, :], b_low[None, :], m_below)
     b_a = tl.where(m_below, b_a, 0.0)
 
@@ -467,7 +518,7 @@ def scan_kernel(
     k,  # [B, T, H, K]
     v,  # [B, T, H, V]
     beta,  # [B, T, H]
-    g,  # [B, T, H] or None
+    decays,  # [2, B, T, H] float32 or None
     inverse,  # [B, T, H, BT]
     initial,  # [N, H, K, V] float32 or None; with RESCAN the kept states, [places of groups, H, K, V]
     o,  # [B, T, H, V]; None for RESCAN
@@ -481,6 +532,7 @@ def scan_kernel(
     scale,
     T,
     H,
+    ALL,
     N_STATES,
     STRIDE,
     K: tl.constexpr,
@@ -537,11 +589,13 @@ def scan_kernel(
         if states is not None:  # noqa: SIM102
             if i_c % STRIDE == 0:
                 i_state = (i_n.to(tl.int64) * N_STATES + i_c // STRIDE) * H + i_h
-                tl.store(states + i_state * (K * V) + o_s, b_s, mask=m_s)
+                o_z = _anew(o_k, i_c, 3)[:, None] * V + o_v[None, :]
+                tl.store(states + i_state * (K * V) + o_z, b_s, mask=m_s)
         if checkpoints is not None:  # noqa: SIM102
             if i_c % GROUP == 0:
                 i_state = (i_group + i_c // GROUP) * H + i_h
-                tl.store(checkpoints + i_state * (K * V) + o_s, b_s, mask=m_s)
+                o_z = _anew(o_k, i_c, 4)[:, None] * V + o_v[None, :]
+                tl.store(checkpoints + i_state * (K * V) + o_z, b_s, mask=m_s)
         b_h = b_s.to(dtype)
         if chunk_states is not None:
             tl.store(chunk_states + ((i_place + i_c) * H + i_h) * (K * V) + o_s, b_h, mask=m_s)
@@ -557,10 +611,11 @@ def scan_kernel(
         b_nk = _norms(b_k, L2NORM, EPS)
         b_read = b_nk  # factors of K where it reads the state, of K where it writes
         b_write = b_nk
-        if g is not None:
-            b_high, b_low, high, low = _decays(g, o_x, m_t)
+        if decays is not None:
+            b_high, b_low, high, low = _decays(
+                decays, ALL, (begin + i_c * BT) * H + i_h, H, tl.minimum(length - i_c * BT, BT), o_i
+            )
             b_read = b_nk * tl.exp(b_high)
-            b_write = b_nk * tl.exp((high - b_high) + (low - b_low))
 
         b_v = tl.load(v + (o_x[:, None] * V + o_v[None, :]), mask=m_tv, other=0).to(tl.float32)
         b_r = b_v - b_read[:, None] * tl.dot(b_k, b_h, input_precision=PRECISION)
@@ -570,21 +625,36 @@ def scan_kernel(
         if o is not None:
             b_q = tl.load(q + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
             b_nq = _norms(b_q, L2NORM, EPS) * scale
-            m_p = o_i[:, None] >= o_i[None, :]
+            o_j = _anew(o_i, i_c, 0)
+            m_p = o_j[:, None] >= o_j[None, :]
             b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_nq[:, None] * b_nk[None, :]
-            if g is not None:
-                b_p *= _between(b_high[:, None], b_low[:, None], b_high[None, :], b_low[None, :], m_p)
-                b_nq *= tl.exp(b_high)
+            if decays is not None:
+                p_high, p_low, _, _ = _decays(
+                    decays, ALL, (begin + i_c * BT) * H + i_h, H, tl.minimum(length - i_c * BT, BT), o_j
+                )
+                b_p *= _between(p_high[:, None], p_low[:, None], p_high[None, :], p_low[None, :], m_p)
+                b_nq *= tl.exp(p_high)
             b_p = tl.where(m_p, b_p, 0.0)
             b_o = tl.dot(b_q, b_h, input_precision=PRECISION) * b_nq[:, None]
             b_o = tl.dot(b_p.to(dtype), b_u.to(dtype), b_o, input_precision=PRECISION)
             tl.store(o + (o_x[:, None] * V + o_v[None, :]), b_o.to(dtype), mask=m_tv)
-        if g is not None:
+        if decays is not None:
+            b_high, b_low, high, low = _decays(
+                decays,
+                ALL,
+                (begin + i_c * BT) * H + i_h,
+                H,
+                tl.minimum(length - i_c * BT, BT),
+                _anew(o_i, i_c, 1),
+            )
+            b_write = b_nk * tl.exp((high - b_high) + (low - b_low))
             b_s *= tl.exp(high)
         b_s = tl.dot(tl.trans(b_k), (b_write[:, None] * b_u).to(dtype), b_s, input_precision=PRECISION)
 
     if final_state is not None:
-        tl.store(final_state + (i_n.to(tl.int64) * H + i_h) * (K * V) + o_s, b_s, mask=m_s)
+        o_z = _anew(o_k, chunks, 4)[:, None] * V + o_v[None, :]
+        i_z = (_anew(pid // NV // H, chunks, 3).to(tl.int64) * H + i_h) * (K * V)
+        tl.store(final_state + i_z + o_z, b_s, mask=m_s)
 
 
 @triton.jit(do_not_specialize=["T", "N_STATES", "STRIDE"])
@@ -592,7 +662,7 @@ def reverse_kernel(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
     beta,  # [B, T, H]
-    g,  # [B, T, H] or None
+    decays,  # [2, B, T, H] float32 or None
     inverse,  # [B, T, H, BT]
     d_o,  # [B, T, H, V]
     d_final,  # [N, H, K, V] float32 or None
@@ -604,6 +674,7 @@ def reverse_kernel(
     scale,
     T,
     H,
+    ALL,
     N_STATES,
     STRIDE,
     K: tl.constexpr,
@@ -646,7 +717,8 @@ def reverse_kernel(
     for i_back in range(0, chunks):
         i_c = chunks - 1 - i_back
         b_dh = b_ds.to(dtype)
-        tl.store(d_chunk_states + ((i_place + i_c) * H + i_h) * (K * V) + o_s, b_dh, mask=m_s)
+        o_z = _anew(o_k, i_c, 3)[:, None] * V + o_v[None, :]
+        tl.store(d_chunk_states + ((i_place + i_c) * H + i_h) * (K * V) + o_z, b_dh, mask=m_s)
 
         o_t = i_c * BT + o_i
         m_t = o_t < length
@@ -660,13 +732,19 @@ def reverse_kernel(
         b_beta = tl.load(beta + o_x, mask=m_t, other=0).to(tl.float32)
         b_nq = _norms(b_q, L2NORM, EPS) * scale
         b_nk = _norms(b_k, L2NORM, EPS)
-        m_p = o_i[:, None] <= o_i[None, :]
+        o_j = _anew(o_i, i_c, 0)
+        m_p = o_j[:, None] <= o_j[None, :]
         b_p = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * b_nk[:, None] * b_nq[None, :]  # P^T
         b_write = b_nk
         b_read = b_nk
-        if g is not None:
-            b_high, b_low, high, low = _decays(g, o_x, m_t)
-            b_p *= _between(b_high[None, :], b_low[None, :], b_high[:, None], b_low[:, None], m_p)
+        if decays is not None:
+            b_high, b_low, high, low = _decays(
+                decays, ALL, (begin + i_c * BT) * H + i_h, H, tl.minimum(length - i_c * BT, BT), o_i
+            )
+            p_high, p_low, _, _ = _decays(
+                decays, ALL, (begin + i_c * BT) * H + i_h, H, tl.minimum(length - i_c * BT, BT), o_j
+            )
+            b_p *= _between(p_high[None, :], p_low[None, :], p_high[:, None], p_low[:, None], m_p)
             b_write = b_nk * tl.exp((high - b_high) + (low - b_low))
             b_read = b_nk * tl.exp(b_high)
             b_nq *= tl.exp(b_high)
@@ -676,7 +754,7 @@ def reverse_kernel(
         b_du = tl.dot(b_p.to(dtype), b_do, b_du, input_precision=PRECISION)
         b_dr = tl.dot(tl.trans(b_m), b_du.to(dtype), input_precision=PRECISION)
         tl.store(d_r + (o_x[:, None] * V + o_v[None, :]), b_dr.to(dtype), mask=m_tv)
-        if g is not None:
+        if decays is not None:
             b_ds *= tl.exp(high)
         b_x = (b_nq[:, None] * b_do.to(tl.float32)).to(dtype)
         b_ds = tl.dot(tl.trans(b_q), b_x, b_ds, input_precision=PRECISION)
@@ -685,42 +763,12 @@ def reverse_kernel(
         if d_states is not None:  # noqa: SIM102
             if i_c % STRIDE == 0:
                 i_given = (i_n.to(tl.int64) * N_STATES + i_c // STRIDE) * H + i_h
-                b_ds += tl.load(d_states + i_given * (K * V) + o_s, mask=m_s, other=0).to(tl.float32)
+                o_z = _anew(o_k, i_c, 4)[:, None] * V + o_v[None, :]
+                b_ds += tl.load(d_states + i_given * (K * V) + o_z, mask=m_s, other=0).to(tl.float32)
 
-    tl.store(d_initial + i_state + o_s, b_ds, mask=m_s)
-
-
-@triton.jit
-def _row_norms(p_x, o_x, m_t, K: tl.constexpr, BK: tl.constexpr, L2NORM: tl.constexpr, EPS: tl.constexpr):
-    """``_norms`` of rows [BT] in memory, read BK columns at a time."""
-    b_n = tl.full(o_x.shape, 1.0, tl.float32)
-    if L2NORM:
-        b_n = tl.zeros(o_x.shape, tl.float32)
-        for i_k in range((K + BK - 1) // BK):
-            o_k = i_k * BK + tl.arange(0, BK)
-            m = m_t[:, None] & (o_k < K)[None, :]
-            b_x = tl.load(p_x + (o_x[:, None] * K + o_k[None, :]), mask=m, other=0).to(tl.float32)
-            b_n += tl.sum(b_x * b_x, 1)
-        b_n = tl.rsqrt(b_n + EPS)
-    return b_n
-
-
-@triton.jit
-def _tokens(length, i_c, H, BT: tl.constexpr, PHASE: tl.constexpr):
-    """The tokens of chunk ``i_c``: numbers inside it, whether they exist, rows in memory. [BT] each.
-
-    ``i_c >> 30`` is 0. The compiler does not know that, so it works all of this out again in every PHASE instead of
-    keeping masks and addresses in registers from one to the next and from chunk to chunk, which it would spill.
-    """
-    o_i = tl.arange(0, BT) + (i_c >> (30 - PHASE))
-    return o_i, i_c * BT + o_i < length, o_i * H
-
-
-@triton.jit
-def _again(b_x, i_c, PHASE: tl.constexpr):  # [BT] -> [BT]
-    """``b_x``, which the compiler does not know: it lays it out anew along rows and columns of a product in every
-    PHASE instead of keeping 16 registers for each from one to the next."""
-    return b_x * ((i_c >> (30 - PHASE)) + 1.0)
+    o_z = _anew(o_k, chunks, 4)[:, None] * V + o_v[None, :]
+    i_z = (_anew(pid // NV // H, chunks, 3).to(tl.int64) * H + i_h) * (K * V)
+    tl.store(d_initial + i_z + o_z, b_ds, mask=m_s)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -731,7 +779,7 @@ def gradient_kernel(
     o,  # [B, T, H, V] or None without L2NORM
     u,  # [B, T, H, V]
     beta,  # [B, T, H]
-    g,  # [B, T, H] or None
+    decays,  # [2, B, T, H] float32 or None
     kept,  # [places of groups, H, K, V]  the state before every group
     d_o,  # [B, T, H, V]
     d_r,  # [B, T, H, V]
@@ -745,8 +793,8 @@ def gradient_kernel(
     scale,
     T,
     H,
-    SHARE,
     ALL,
+    SHARE,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -800,8 +848,8 @@ def gradient_kernel(
         b_nq = _row_norms(q + i_x * K, o_x, m_t, K, BK, L2NORM, EPS)
         b_from = tl.full((BT,), 1.0, tl.float32)
         b_to = b_from
-        if g is not None:
-            b_high, b_low, high, low = _decays(g + i_x, o_x, m_t)
+        if decays is not None:
+            b_high, b_low, high, low = _decays(decays, ALL, i_x, H, tl.minimum(length - i_c * BT, BT), o_i)
             b_from = tl.exp(b_high)
             b_to = tl.exp((high - b_high) + (low - b_low))
 
@@ -831,7 +879,7 @@ def gradient_kernel(
         a_nq = _again(b_nq, i_c, 1)
         a_from = _again(b_from, i_c, 1)
         a_qq = _again(b_qq, i_c, 1)
-        if g is not None:
+        if decays is not None:
             a_high = _again(b_high, i_c, 1)
             a_low = _again(b_low, i_c, 1)
         o_i, m_t, o_x = _tokens(length, i_c, H, BT, 1)
@@ -847,14 +895,14 @@ def gradient_kernel(
             b_p = tl.dot(b_y, tl.trans(b_u), b_p, input_precision=PRECISION)
         b_k = tl.load(k + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
         b_p = tl.where(m_p, b_p * a_nk[None, :], 0.0)
-        if g is not None:
-            b_p *= _between(a_high[:, None], a_low[:, None], a_high[None, :], a_low[None, :], m_p)
+        if decays is not None:
+            b_p *= _between_at_most_1(a_high[:, None], a_low[:, None], a_high[None, :], a_low[None, :])
             b_q = tl.load(q + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
             b_f = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_p
             b_f = tl.where(o_i[:, None] > o_i[None, :], b_f * (a_nq * scale)[:, None], 0.0)
             b_dg = tl.sum(b_f, 1) - tl.sum(b_f, 0)
         b_w = b_p.to(dtype)
-        o_i, m_t, o_x = _tokens(length, i_c, H, BT, 9)
+        o_i, m_t, o_x = _tokens(length, i_c, H, BT, 6)
         m_tk = m_t[:, None] & m_k[None, :]
         b_dx = tl.zeros((BT, BK), tl.float32)
         for i_v in range(NV + (i_c >> 30)):
@@ -867,7 +915,7 @@ def gradient_kernel(
                 b_h = b_s.to(dtype)
             b_dx = tl.dot(b_y, b_h, b_dx, input_precision=PRECISION)
         b_q = tl.load(q + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
-        if g is not None:
+        if decays is not None:
             b_dx *= a_from[:, None]
             b_dg += tl.sum(b_dx * b_q.to(tl.float32), 1) * a_nq * scale
         b_dx = tl.dot(b_w, b_k, b_dx, input_precision=PRECISION) * scale
@@ -881,7 +929,7 @@ def gradient_kernel(
         a_nk = _again(b_nk, i_c, 2)
         a_beta = _again(b_beta, i_c, 2)
         a_from = _again(b_from, i_c, 2)
-        if g is not None:
+        if decays is not None:
             a_high = _again(b_high, i_c, 2)
             a_low = _again(b_low, i_c, 2)
         o_i, m_t, o_x = _tokens(length, i_c, H, BT, 2)
@@ -897,11 +945,11 @@ def gradient_kernel(
             b_p = tl.dot(b_y, tl.trans(b_u), b_p, input_precision=PRECISION)
         b_k = tl.load(k + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
         b_p = tl.where(m_p, -b_p * a_nk[None, :], 0.0)
-        if g is not None:
-            b_p *= _between(a_high[:, None], a_low[:, None], a_high[None, :], a_low[None, :], m_p)
+        if decays is not None:
+            b_p *= _between_at_most_1(a_high[:, None], a_low[:, None], a_high[None, :], a_low[None, :])
         b_f = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_p * a_nk[:, None]
         b_dbeta += tl.sum(b_f, 1)
-        if g is not None:
+        if decays is not None:
             b_f *= a_beta[:, None]
             b_dg += tl.sum(b_f, 1) - tl.sum(b_f, 0)
         b_w = b_p.to(dtype)
@@ -937,14 +985,14 @@ def gradient_kernel(
             b_u = tl.load(u + i_x * V + o_xv, mask=m_t[:, None] & m_v[None, :], other=0)
             b_ds = tl.load(p_ds + o_st + i_v * BV, mask=m_v[:, None] & m_k[None, :], other=0)
             b_e = tl.dot(b_u, b_ds, b_e, input_precision=PRECISION)
-            if g is not None:
+            if decays is not None:
                 if GROUP == 1:
                     b_h = tl.load(p_kept + o_st + i_v * BV, mask=m_v[:, None] & m_k[None, :], other=0)
                     b_sh = b_h.to(tl.float32)
                 else:
                     b_sh = b_s
                 through += tl.sum(tl.sum(b_ds.to(tl.float32) * b_sh, 1, keep_dims=True), 0)
-        if g is not None:
+        if decays is not None:
             b_e *= a_to[:, None]
             b_written = tl.sum(b_e * b_k.to(tl.float32), 1) * a_nk
             b_dg += b_row * a_beta
@@ -955,7 +1003,7 @@ def gradient_kernel(
         b_dx += b_e
         o_i, m_t, o_x = _tokens(length, i_c, H, BT, 4)
         a_nq = _again(b_nq, i_c, 4)
-        if g is not None:
+        if decays is not None:
             a_high = _again(b_high, i_c, 4)
             a_low = _again(b_low, i_c, 4)
         m_tk = m_t[:, None] & m_k[None, :]
@@ -969,15 +1017,15 @@ def gradient_kernel(
             b_u = tl.load(u + i_x * V + o_xr, mask=m_r, other=0)
             b_p = tl.dot(b_u, tl.trans(b_y), b_p, input_precision=PRECISION)
         b_p = tl.where(m_p, b_p * (a_nq * scale)[None, :], 0.0)
-        if g is not None:
-            b_p *= _between(a_high[None, :], a_low[None, :], a_high[:, None], a_low[:, None], m_p)
+        if decays is not None:
+            b_p *= _between_at_most_1(a_high[None, :], a_low[None, :], a_high[:, None], a_low[:, None])
         b_q = tl.load(q + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
         b_dx = tl.dot(b_p.to(dtype), b_q, b_dx, input_precision=PRECISION)
         o_i, m_t, o_x = _tokens(length, i_c, H, BT, 5)
         a_nk = _again(b_nk, i_c, 5)
         a_beta = _again(b_beta, i_c, 5)
         a_kk = _again(b_kk, i_c, 5)
-        if g is not None:
+        if decays is not None:
             a_high = _again(b_high, i_c, 5)
             a_low = _again(b_low, i_c, 5)
         m_tk = m_t[:, None] & m_k[None, :]
@@ -991,8 +1039,8 @@ def gradient_kernel(
             b_u = tl.load(u + i_x * V + o_xr, mask=m_r, other=0)
             b_p = tl.dot(b_u, tl.trans(b_y), b_p, input_precision=PRECISION)
         b_p = tl.where(m_p, -b_p * (a_nk * a_beta)[None, :], 0.0)
-        if g is not None:
-            b_p *= _between(a_high[None, :], a_low[None, :], a_high[:, None], a_low[:, None], m_p)
+        if decays is not None:
+            b_p *= _between_at_most_1(a_high[None, :], a_low[None, :], a_high[:, None], a_low[:, None])
         b_k = tl.load(k + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
         b_dx = tl.dot(b_p.to(dtype), b_k, b_dx, input_precision=PRECISION)
         if L2NORM:
@@ -1002,7 +1050,7 @@ def gradient_kernel(
         tl.store(dk + i_x * K + (o_x[:, None] * K + o_k[None, :]), b_dx.to(dtype), mask=m_tk)
 
         if GROUP > 1:
-            if g is not None:
+            if decays is not None:
                 b_s *= tl.exp(high)
             o_i, m_t, o_x = _tokens(length, i_c, H, BT, 6)
             b_u = tl.load(

@@ -21,26 +21,26 @@ SPILL_BUDGET = {"inverse": 0, "scan": 3072, "rescan": 3072, "reverse": 2048, "gr
 FLOAT32_SPILL_BUDGET = 65_536  # products of float32 in full are sums over registers
 
 OPTIONAL = {  # what a kernel does without, by purpose
-    "inverse": {"plain": ("g",), "gated": ()},
+    "inverse": {"plain": ("g", "decays"), "gated": ()},
     "scan": {
-        "plain": ("g", "u", "initial", "final_state", "states", "checkpoints", "chunk_states"),
+        "plain": ("decays", "u", "initial", "final_state", "states", "checkpoints", "chunk_states"),
         "gated": ("u", "initial", "final_state", "states", "checkpoints", "chunk_states"),
         "gated training": ("chunk_states",),
-        "plain training": ("g", "chunk_states"),
+        "plain training": ("decays", "chunk_states"),
     },
     "rescan": {
-        "plain": ("q", "o", "u", "g", "final_state", "states", "checkpoints"),
+        "plain": ("q", "o", "u", "decays", "final_state", "states", "checkpoints"),
         "gated": ("q", "o", "u", "final_state", "states", "checkpoints"),
     },
     "reverse": {
-        "plain": ("g", "d_final", "d_states"),
+        "plain": ("decays", "d_final", "d_states"),
         "gated": ("d_final", "d_states"),
         "gated states": (),
-        "plain states": ("g",),
+        "plain states": ("decays",),
     },
-    "gradient": {"plain": ("g",), "gated": ()},
+    "gradient": {"plain": ("decays",), "gated": ()},
 }
-FLOAT32 = ("beta", "g", "sums", "initial", "final_state", "states", "checkpoints", "d_final", "d_states",
+FLOAT32 = ("beta", "g", "decays", "sums", "initial", "final_state", "states", "checkpoints", "d_final", "d_states",
            "d_initial")  # fmt: skip
 
 
