@@ -25,6 +25,7 @@ class KernelVariant:
         divisible_by_16: argument names that the launcher guarantees to be multiples of 16 (pointers and
             strides), as Triton's own launcher would specialise them.
         spill_budget: bytes per thread that may spill to local memory on an NVIDIA target.
+        spill_free: the chips, of those that inspect knows, where nothing may spill whatever the budget.
         tensor_core: whether the kernel must contain tensor-core instructions.
         archs: the chips that it can be chosen on, of those that inspect knows; empty: all.
     """
@@ -37,5 +38,6 @@ class KernelVariant:
     num_stages: int = 2
     divisible_by_16: frozenset[str] = field(default_factory=frozenset)
     spill_budget: int = 0
+    spill_free: frozenset[str] = frozenset()
     tensor_core: bool = False
     archs: frozenset[str] = frozenset()

@@ -51,7 +51,7 @@ def forward(
     """``(o, final_state, states, checkpoints, kept)``, what is not asked for with length 0; as
     ``chunked.forward``. ``kept`` holds U and M."""
     q, k, v, beta, g, initial_state, cu_seqlens = _contiguous(q, k, v, beta, g, initial_state, cu_seqlens)
-    plan = _plan(q, v, cu_seqlens)
+    plan = _plan(q, v, g is not None, cu_seqlens)
     (b, _, h, kd), vd = q.shape, v.shape[-1]
     most = 0
     if state_stride:
@@ -113,7 +113,7 @@ def backward(
     q, k, v, beta, g, cu_seqlens, o, d_o, d_final, d_states = _contiguous(
         q, k, v, beta, g, cu_seqlens, o, d_o, d_final, d_states
     )
-    plan = _plan(q, v, cu_seqlens)
+    plan = _plan(q, v, g is not None, cu_seqlens)
     (b, tokens, h, kd), vd = q.shape, v.shape[-1]
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     d_initial = q.new_empty(plan.rows, h, kd, vd, dtype=torch.float32)
@@ -137,12 +137,13 @@ def backward(
     d_r, d_chunk_states = torch.empty_like(v), q.new_empty(plan.chunks, h, kd, vd)
     reverse_kernel[(plan.rows * h * triton.cdiv(vd, tile.bv),)](
         q, k, beta, decays, inverse, d_o, d_final, d_states, d_r, d_chunk_states, d_initial, cu_seqlens,
-        scale, tokens, h, beta.numel(), 0 if d_states is None else d_states.shape[1], max(state_stride // plan.chunk, 1),
+        scale, tokens, h, beta.numel(), 0 if d_states is None else d_states.shape[1],
+        max(state_stride // plan.chunk, 1),
         **plan.sizes(tile, l2norm),
     )  # fmt: skip
 
     carry = plan.tiles.carry
-    tile = plan.tiles.gradient if g is None else plan.tiles.gated_gradient
+    tile = plan.tiles.gradient
     blocks = triton.cdiv(kd, tile.bk)
     sums = q.new_empty(blocks, 1 if g is None else 2, *beta.shape, dtype=torch.float32)
     gradient_kernel[((plan.groups if carry else plan.chunks) * h * blocks,)](
@@ -169,7 +170,10 @@ def checkpoint_count(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:  
 def kept_count(q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None) -> int:
     """Numbers of q's dtype that ``forward`` keeps for the backward beside states: with g its running sums, two
     float32 a token and head; U [B, T, H, V] and M [B, T, H, C]."""
-    tiles = choose_tiles(q.shape[-1], v.shape[-1], q.element_size(), False, _has_tensor_memory(q.device))
+    tensor_memory = _has_tensor_memory(q.device)
+    tiles = choose_tiles(
+        q.shape[-1], v.shape[-1], q.element_size(), g is not None, tensor_memory=tensor_memory
+    )
     sums = 0 if g is None else 8 // q.element_size()
     return q.shape[0] * q.shape[1] * q.shape[2] * (sums + v.shape[-1] + tiles.chunk)
 
@@ -218,26 +222,26 @@ class Tiles(NamedTuple):
     scan: Tile
     reverse: Tile
     gradient: GradientTile
-    gated_gradient: GradientTile
 
 
-def choose_tiles(kd: int, vd: int, itemsize: int, few: bool, tensor_memory: bool = False) -> Tiles:
-    """The tiles for head sizes ``kd`` and ``vd``, ``itemsize`` bytes a number, ``few`` rows x heads (too few to
-    occupy a GPU by themselves). Chips with ``tensor_memory`` (Blackwell) hold products of 64 rows there, and it has
-    no room for all of gradient_kernel's: Triton then compiles a trap."""
+def choose_tiles(
+    kd: int, vd: int, itemsize: int, gated: bool, *, few: bool = False, tensor_memory: bool = False
+) -> Tiles:
+    """The tiles for head sizes ``kd`` and ``vd``, ``itemsize`` bytes a number, with or without decay, ``few`` rows
+    x heads (too few to occupy a GPU by themselves). Decays cost registers, so at K = 128 their kernels hold less
+    of the state. Chips with ``tensor_memory`` (Blackwell) hold products of 64 rows there, and it has no room for
+    all of gradient_kernel's: Triton then compiles a trap."""
     bk, whole = block(kd), block(vd)
-    wide = tensor_memory or max(bk, whole) > 128 or (itemsize > 2 and max(bk, whole) > 64)
-    chunk = 32 if wide else 64
-    stages = 1 if wide else 2
-    if wide:
+    if tensor_memory or max(bk, whole) > 128 or (itemsize > 2 and max(bk, whole) > 64):
         bv = min(whole, 16 if itemsize > 2 and bk > 128 else 32)
         tile = Tile(bv, 4, 1)
-        gradient = GradientTile(min(bk, 64), bv, bv, 4, 1)
-        return Tiles(chunk, False, Tile(bv, 4, 1), tile, tile, gradient, gradient)
-    bv = min(whole, 32 if few or bk == 128 else 64)
-    scan = Tile(bv, 4, stages)
-    gradient, gated = (GradientTile(min(bk, most), whole, min(whole, 64), 8, 1) for most in (64, 32))
-    return Tiles(chunk, True, Tile(bv, 4, 1), scan, scan, gradient, gated)
+        return Tiles(32, False, tile, tile, tile, GradientTile(min(bk, 64), bv, bv, 4, 1))
+    large = bk == 128
+    scan = Tile(min(whole, (16 if gated else 32) if large else 32 if few else 64), 4, 2)
+    gradient = GradientTile(
+        min(bk, 32 if gated else 64), whole, min(whole, 16 if gated and large else 64), 8, 1
+    )
+    return Tiles(64, True, Tile(scan.bv, 4, 1), scan, scan, gradient)
 
 
 def block(size: int) -> int:
@@ -272,10 +276,11 @@ class _Plan(NamedTuple):
         }
 
 
-def _plan(q: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None) -> _Plan:
+def _plan(q: torch.Tensor, v: torch.Tensor, gated: bool, cu_seqlens: torch.Tensor | None) -> _Plan:
     (b, tokens, h, kd), vd = q.shape, v.shape[-1]
     rows = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    tiles = choose_tiles(kd, vd, q.element_size(), rows * h < FEW, _has_tensor_memory(q.device))
+    tensor_memory = _has_tensor_memory(q.device)
+    tiles = choose_tiles(kd, vd, q.element_size(), gated, few=rows * h < FEW, tensor_memory=tensor_memory)
     chunks, chunk_owners = _places(tokens, b, tiles.chunk, cu_seqlens)
     groups, group_owners = _places(tokens, b, GROUP_TOKENS, cu_seqlens)
     return _Plan(
@@ -402,22 +407,22 @@ def _between_at_most_1(b_high_i, b_low_i, b_high_j, b_low_j):
 
 @triton.jit
 def _anew(o_x, i_c, PHASE: tl.constexpr):
-    """The whole numbers ``o_x``: ``i_c >> 24`` is 0, as a sequence has fewer than 2^24 chunks. The compiler does not
-    know that. So it works addresses and masks out again in every PHASE, instead of keeping them in registers from
-    one to the next and from chunk to chunk, which it would spill."""
+    """The whole numbers ``o_x``: ``i_c >> 24`` is 0, as a sequence has fewer than 2^24 chunks. The compiler does
+    not know that. So it works addresses and masks out again in every PHASE, instead of keeping them in registers
+    from one to the next and from chunk to chunk, which it would spill."""
     return o_x + (i_c >> (30 - PHASE))
 
 
 @triton.jit
 def _again(b_x, i_c, PHASE: tl.constexpr):  # [BT] -> [BT]
-    """``b_x`` of float32, likewise: it is laid out anew along rows and columns of a product in every PHASE, where it
-    would take 16 registers in between."""
+    """``b_x`` of float32, likewise: it is laid out anew along rows and columns of a product in every PHASE, where
+    it would take 16 registers in between."""
     return b_x * ((i_c >> (30 - PHASE)) + 1.0)
 
 
 @triton.jit
 def _tokens(length, i_c, H, BT: tl.constexpr, PHASE: tl.constexpr):
-    """The tokens of chunk ``i_c``: numbers inside it, whether they exist, rows in memory. [BT] each, :func:`_anew`."""
+    """The tokens of chunk ``i_c`` (:func:`_anew`): number in it, whether it exists, row in memory. [BT] each."""
     o_i = _anew(tl.arange(0, BT), i_c, PHASE)
     return o_i, i_c * BT + o_i < length, o_i * H
 
@@ -456,9 +461,9 @@ def inverse_kernel(
 ):
     """One program: M = (I + A)^-1, A = diag(beta) strictly_lower(D * K K^T), of one chunk and head.
 
-    Reads k, beta and g once, writes M and the running sums of g once. The 16 x 16 blocks on the diagonal by substitution, row after row
-    in all of them at once; then blocks of 32 and 64 by ``M <- M - M A_below M``. Substitution keeps its accuracy
-    for parallel keys, where powers of A (Neumann doubling) reach 10^8.
+    Reads k, beta and g once, writes M and the running sums of g once. The 16 x 16 blocks on the diagonal by
+    substitution, row after row in all of them at once; then blocks of 32 and 64 by ``M <- M - M A_below M``.
+    Substitution keeps its accuracy for parallel keys, where powers of A (Neumann doubling) reach 10^8.
     """
     pid = tl.program_id(0)
     i_h = pid % H

@@ -15,8 +15,8 @@ from refine_kernels.kernel_variant import KernelVariant
 HEAD_SIZES = ((128, 128), (64, 64), (128, 256), (256, 256), (60, 100))
 DTYPES = {(128, 128): (torch.bfloat16, torch.float16, torch.float32)}  # bfloat16 alone elsewhere
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-# Bytes that may spill on any NVIDIA chip, about what it is today; none at K = V = 128 in bfloat16 without decay on
-# sm_90 but for the gradient kernel (README.md).
+# Bytes that may spill on any NVIDIA chip, about what it is today; none on sm_90 at K = V = 128 in bfloat16 and
+# float16 (README.md).
 SPILL_BUDGET = {"inverse": 0, "scan": 3072, "rescan": 3072, "reverse": 2048, "gradient": 8192}
 FLOAT32_SPILL_BUDGET = 65_536  # products of float32 in full are sums over registers
 
@@ -48,31 +48,31 @@ def kernel_variants() -> Iterator[KernelVariant]:
     """The chunk kernels for all dtypes at K = V = 128, for bfloat16 at the other head sizes; the decode kernels."""
     for kd, vd in HEAD_SIZES:
         for dtype in DTYPES.get((kd, vd), (torch.bfloat16,)):
-            for few in (False, True):
-                tiles = triton_chunk.choose_tiles(kd, vd, dtype.itemsize, few)
-                for kernel, purposes in OPTIONAL.items():
-                    if kernel == "rescan" and tiles.carry:
-                        continue
-                    same = tiles if not few else triton_chunk.choose_tiles(kd, vd, dtype.itemsize, False)
-                    name = kernel.removeprefix("re") if kernel == "rescan" else kernel
-                    if few and getattr(same, name) == getattr(tiles, name):
-                        continue
-                    for purpose, without in purposes.items():
-                        yield _variant(kernel, purpose, kd, vd, dtype, tiles, without)
-            tiles = triton_chunk.choose_tiles(kd, vd, dtype.itemsize, False, tensor_memory=True)
-            if tiles != triton_chunk.choose_tiles(kd, vd, dtype.itemsize, False):
-                for kernel, purposes in OPTIONAL.items():
-                    for purpose, without in purposes.items():
-                        yield _variant(kernel, f"{purpose}, Blackwell", kd, vd, dtype, tiles, without)
+            for kernel, purposes in OPTIONAL.items():
+                for purpose, without in purposes.items():
+                    for tiles, archs in _choices(kernel, kd, vd, dtype, purpose.startswith("gated")):
+                        if kernel != "rescan" or not tiles.carry:
+                            yield _variant(kernel, purpose, kd, vd, dtype, tiles, without, archs)
     yield from recurrent_variants()
 
 
-def _archs(kd: int, vd: int, dtype: torch.dtype, tiles: triton_chunk.Tiles) -> frozenset[str]:
-    """Where these tiles are chosen: all chips unless Blackwell takes others."""
-    blackwell = triton_chunk.choose_tiles(kd, vd, dtype.itemsize, False, tensor_memory=True)
-    if blackwell == triton_chunk.choose_tiles(kd, vd, dtype.itemsize, False):
-        return frozenset()
-    return frozenset({"sm_100"} if tiles == blackwell else {"sm_80", "sm_90", "gfx942"})
+def _choices(
+    kernel: str, kd: int, vd: int, dtype: torch.dtype, gated: bool
+) -> list[tuple[triton_chunk.Tiles, frozenset[str]]]:
+    """The tiles that this kernel can get, each with its chips (none: all)."""
+
+    def choose(few: bool, tensor_memory: bool) -> triton_chunk.Tiles:
+        return triton_chunk.choose_tiles(kd, vd, dtype.itemsize, gated, few=few, tensor_memory=tensor_memory)
+
+    many, few, blackwell = choose(False, False), choose(True, False), choose(False, True)
+    elsewhere = frozenset() if blackwell == many else frozenset({"sm_80", "sm_90", "gfx942"})
+    choices = [(many, elsewhere)]
+    field = "scan" if kernel == "rescan" else kernel
+    if getattr(few, field) != getattr(many, field):
+        choices.append((few, elsewhere))
+    if blackwell != many:
+        choices.append((blackwell, frozenset({"sm_100"})))
+    return choices
 
 
 def _variant(
@@ -83,12 +83,11 @@ def _variant(
     dtype: torch.dtype,
     tiles: triton_chunk.Tiles,
     without: tuple[str, ...],
+    archs: frozenset[str],
 ) -> KernelVariant:
     """With packed sequences, whose address arithmetic is the longer one."""
     name = "scan" if kernel == "rescan" else kernel
     function, tile = getattr(triton_chunk, f"{name}_kernel"), getattr(tiles, name)
-    if kernel == "gradient" and purpose.startswith("gated"):
-        tile = tiles.gated_gradient
     group = triton_chunk.GROUP_TOKENS // tiles.chunk
     if kernel == "gradient" and not tiles.carry:
         group = 1
@@ -120,5 +119,6 @@ def _variant(
         divisible_by_16=frozenset(n for n, kind in signature.items() if kind.startswith("*")),
         spill_budget=FLOAT32_SPILL_BUDGET if dtype == torch.float32 else SPILL_BUDGET[kernel],
         tensor_core=dtype != torch.float32,
-        archs=_archs(kd, vd, dtype, tiles),
+        spill_free=frozenset({"sm_90"}) if (kd, vd) == (128, 128) and dtype.itemsize == 2 else frozenset(),
+        archs=archs,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -186,8 +187,8 @@ def test_places_hold_every_chunk_of_every_sequence_once():
 @pytest.mark.parametrize(("kd", "vd"), [(3, 1), (64, 128), (128, 128), (128, 256), (256, 256)])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_tiles_cover_the_values(kd, vd, itemsize):
-    for few in (False, True):
-        tiles = triton_chunk.choose_tiles(kd, vd, itemsize, few)
+    for few, gated in itertools.product((False, True), repeat=2):
+        tiles = triton_chunk.choose_tiles(kd, vd, itemsize, gated, few=few)
         assert tiles.chunk in (32, 64) and triton_chunk.GROUP_TOKENS % tiles.chunk == 0
         assert not tiles.carry or tiles.gradient.bv >= vd
         assert all(tile.bv >= 16 for tile in tiles[2:])

@@ -113,6 +113,13 @@ def test_verdicts(arch, changes, problem):
     assert found == ([] if problem is None else [problem])
 
 
+def test_a_chip_can_be_held_to_no_spills_at_all():
+    variant = product_variant(spill_budget=8, spill_free=frozenset({"sm_90"}))
+    measured = Measured(**(vars(FINE) | {"spilled_bytes": 4}))
+    assert judge(variant, ARCHS["sm_80"], measured) == []
+    assert judge(variant, ARCHS["sm_90"], measured) == ["spills 4 bytes, budget 0"]
+
+
 def test_several_problems_are_all_told():
     measured = Measured(255, 400, 300_000, "")
     assert len(judge(product_variant(), ARCHS["sm_90"], measured)) == 3
