@@ -233,7 +233,7 @@ def choose_tiles(
     all of gradient_kernel's: Triton then compiles a trap."""
     bk, whole = block(kd), block(vd)
     if tensor_memory or max(bk, whole) > 128 or (itemsize > 2 and max(bk, whole) > 64):
-        bv = min(whole, 16 if itemsize > 2 and bk > 128 else 32)
+        bv = min(whole, 16 if bk > 128 else 32)
         tile = Tile(bv, 4, 1)
         return Tiles(32, False, tile, tile, tile, GradientTile(min(bk, 64), bv, bv, 4, 1))
     large = bk == 128
