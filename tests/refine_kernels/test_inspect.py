@@ -251,6 +251,21 @@ def test_the_command_compiles_real_kernels(tmp_path):
     assert row["measured"]["spilled_bytes"] == 0 and row["measured"]["registers"] > 64
 
 
+def test_no_chunk_kernel_of_the_delta_rule_spills_on_hopper(tmp_path):
+    path = tmp_path / "report.json"
+    subset = "--arch", "sm_90", "--op", "delta_rule", "--kernel", "K128 V128 bfloat16", "--jobs", "2"
+    done = run_python("-m", "refine_kernels.inspect", *subset, "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(path.read_text())
+    assert {row["variant"].split()[0].split(".")[1] for row in rows} == {
+        "inverse",
+        "scan",
+        "reverse",
+        "gradient",
+    }
+    assert all(row["measured"]["spilled_bytes"] == 0 for row in rows)
+
+
 @pytest.mark.slow
 def test_every_kernel_on_every_chip():
     done = run_python("-m", "refine_kernels.inspect", "--jobs", str(min(os.cpu_count(), 4)))
