@@ -1,19 +1,18 @@
 """The delta rule over chunks of tokens, in Triton: backend ``"triton"`` of ``chunk_delta_rule``.
 
 The mathematics and its letters are those of ``chunked.py``; README.md counts what each kernel moves. Forward,
-two launches: ``inverse_kernel`` (all chunks at once) writes the unit lower triangular M, ``scan_kernel`` (chunk
-after chunk, one program per head and block of V) keeps S on the chip and emits O. Backward, three launches, or
-four where a state does not fit on the chip: ``inverse_kernel`` again, ``reverse_kernel`` (from the last chunk to
-the first) writes dR' and the dS' that arrives at each chunk, ``gradient_kernel`` (all groups of chunks at once)
-writes dq, dk, dv, dbeta and dg. It starts from the state that the forward kept for every group of eight chunks
-and carries it on the chip; head sizes too large for that read each chunk's state from memory, where a second
-``scan_kernel``, parallel over the groups, has put it.
+two launches: ``inverse_kernel`` (all chunks at once) writes the unit lower triangular M and the running sums of
+the decays, ``scan_kernel`` (chunk after chunk, one program per head and block of V) keeps S on the chip and emits
+O and, for the backward, U. Backward: ``reverse_kernel`` (from the last chunk to the first) writes dR' and the dS'
+that arrives at each chunk, ``gradient_kernel`` (all groups of chunks at once, by columns of K) writes dq, dk, dv
+and shares of dbeta and dg, summed at the end. It starts from the state that the forward kept for every group of
+eight chunks and carries it on the chip; head sizes too large for that read each chunk's state from memory, where
+a second ``scan_kernel``, parallel over the groups, has put it.
 
 Keys and queries are never normalised in memory nor on the chip: ``use_qk_l2norm_in_kernel`` multiplies rows of
 float32 results by ``1 / sqrt(sum x^2 + eps)``, so products read what was loaded. The same holds for beta and the
 decays. No product takes a transposed result of another product, only transposed loads (Triton before 3.7.1 is
-known to get the former wrong on Hopper): ``gradient_kernel`` therefore works on S^T and U^T, and adds up dK in
-two halves, one of them as dK^T.
+known to get the former wrong on Hopper): ``gradient_kernel`` therefore works on S^T.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def forward(
     for_backward: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(o, final_state, states, checkpoints, kept)``, what is not asked for with length 0; as
-    ``chunked.forward``. ``kept`` holds U and M."""
+    ``chunked.forward``. ``kept`` holds the running sums of g, U and M."""
     q, k, v, beta, g, initial_state, cu_seqlens = _contiguous(q, k, v, beta, g, initial_state, cu_seqlens)
     plan = _plan(q, v, g is not None, cu_seqlens)
     (b, _, h, kd), vd = q.shape, v.shape[-1]
@@ -66,11 +65,11 @@ def forward(
     kept = q.new_empty(kept_count(q, v, g) if for_backward else 0)
     if b * h == 0:
         return o, final_state, states, checkpoints, kept
-    if not for_backward:  # no U
-        decays, u, inverse = None if g is None else g.new_empty(2, *g.shape, dtype=torch.float32), None, None
-        inverse = q.new_empty(*q.shape[:3], plan.chunk)
-    else:
+    if for_backward:
         decays, u, inverse = _kept(kept, v, plan, g is not None)
+    else:
+        decays = None if g is None else g.new_empty(2, *g.shape, dtype=torch.float32)
+        u, inverse = None, q.new_empty(*q.shape[:3], plan.chunk)
     inverse_kernel[(plan.chunks * h,)](
         k, beta, g, inverse, decays, cu_seqlens, plan.chunk_owners, q.shape[1], h, beta.numel(),
         **{n: x for n, x in plan.sizes(plan.tiles.inverse, l2norm).items() if n not in ("V", "BV")},
@@ -174,15 +173,21 @@ def kept_count(q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None) -> int:
     tiles = choose_tiles(
         q.shape[-1], v.shape[-1], q.element_size(), g is not None, tensor_memory=tensor_memory
     )
-    sums = 0 if g is None else 8 // q.element_size()
-    return q.shape[0] * q.shape[1] * q.shape[2] * (sums + v.shape[-1] + tiles.chunk)
+    sums = 0 if g is None else _sums_count(v)
+    return sums + q.shape[0] * q.shape[1] * q.shape[2] * (v.shape[-1] + tiles.chunk)
 
 
-def _kept(kept: torch.Tensor, v: torch.Tensor, plan, gated: bool) -> tuple[torch.Tensor | None, ...]:
+def _sums_count(v: torch.Tensor) -> int:
+    """Places of v's dtype for two float32 a token and head, to a multiple of 16 bytes: U starts behind them, and
+    kernels are compiled for tensors that start at one."""
+    return -(-v.shape[:3].numel() // 2) * (16 // v.element_size())
+
+
+def _kept(kept: torch.Tensor, v: torch.Tensor, plan: _Plan, gated: bool) -> tuple[torch.Tensor | None, ...]:
     """Running sums of g, U and M, as views."""
     tokens = v.shape[:3]
-    sums = tokens.numel() * (8 // v.element_size()) if gated else 0
-    decays = kept[:sums].view(torch.float32).view(2, *tokens) if gated else None
+    sums = _sums_count(v) if gated else 0
+    decays = kept[:sums].view(torch.float32)[: 2 * tokens.numel()].view(2, *tokens) if gated else None
     return decays, kept[sums:][: v.numel()].view(v.shape), kept[sums + v.numel() :].view(*tokens, plan.chunk)
 
 
@@ -608,6 +613,8 @@ def scan_kernel(
         o_t = i_c * BT + o_i
         m_t = o_t < length
         o_x = (begin + o_t) * H + i_h
+        i_x = (begin + i_c * BT) * H + i_h  # the chunk's first
+        tokens = tl.minimum(length - i_c * BT, BT)
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
         b_k = tl.load(k + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
@@ -617,9 +624,7 @@ def scan_kernel(
         b_read = b_nk  # factors of K where it reads the state, of K where it writes
         b_write = b_nk
         if decays is not None:
-            b_high, b_low, high, low = _decays(
-                decays, ALL, (begin + i_c * BT) * H + i_h, H, tl.minimum(length - i_c * BT, BT), o_i
-            )
+            b_high, b_low, high, low = _decays(decays, ALL, i_x, H, tokens, o_i)
             b_read = b_nk * tl.exp(b_high)
 
         b_v = tl.load(v + (o_x[:, None] * V + o_v[None, :]), mask=m_tv, other=0).to(tl.float32)
@@ -634,9 +639,7 @@ def scan_kernel(
             m_p = o_j[:, None] >= o_j[None, :]
             b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_nq[:, None] * b_nk[None, :]
             if decays is not None:
-                p_high, p_low, _, _ = _decays(
-                    decays, ALL, (begin + i_c * BT) * H + i_h, H, tl.minimum(length - i_c * BT, BT), o_j
-                )
+                p_high, p_low, _, _ = _decays(decays, ALL, i_x, H, tokens, o_j)
                 b_p *= _between(p_high[:, None], p_low[:, None], p_high[None, :], p_low[None, :], m_p)
                 b_nq *= tl.exp(p_high)
             b_p = tl.where(m_p, b_p, 0.0)
@@ -644,14 +647,7 @@ def scan_kernel(
             b_o = tl.dot(b_p.to(dtype), b_u.to(dtype), b_o, input_precision=PRECISION)
             tl.store(o + (o_x[:, None] * V + o_v[None, :]), b_o.to(dtype), mask=m_tv)
         if decays is not None:
-            b_high, b_low, high, low = _decays(
-                decays,
-                ALL,
-                (begin + i_c * BT) * H + i_h,
-                H,
-                tl.minimum(length - i_c * BT, BT),
-                _anew(o_i, i_c, 1),
-            )
+            b_high, b_low, high, low = _decays(decays, ALL, i_x, H, tokens, _anew(o_i, i_c, 1))
             b_write = b_nk * tl.exp((high - b_high) + (low - b_low))
             b_s *= tl.exp(high)
         b_s = tl.dot(tl.trans(b_k), (b_write[:, None] * b_u).to(dtype), b_s, input_precision=PRECISION)
@@ -728,6 +724,8 @@ def reverse_kernel(
         o_t = i_c * BT + o_i
         m_t = o_t < length
         o_x = (begin + o_t) * H + i_h
+        i_x = (begin + i_c * BT) * H + i_h  # the chunk's first
+        tokens = tl.minimum(length - i_c * BT, BT)
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
         b_q = tl.load(q + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
@@ -743,12 +741,8 @@ def reverse_kernel(
         b_write = b_nk
         b_read = b_nk
         if decays is not None:
-            b_high, b_low, high, low = _decays(
-                decays, ALL, (begin + i_c * BT) * H + i_h, H, tl.minimum(length - i_c * BT, BT), o_i
-            )
-            p_high, p_low, _, _ = _decays(
-                decays, ALL, (begin + i_c * BT) * H + i_h, H, tl.minimum(length - i_c * BT, BT), o_j
-            )
+            b_high, b_low, high, low = _decays(decays, ALL, i_x, H, tokens, o_i)
+            p_high, p_low, _, _ = _decays(decays, ALL, i_x, H, tokens, o_j)
             b_p *= _between(p_high[None, :], p_low[None, :], p_high[:, None], p_low[:, None], m_p)
             b_write = b_nk * tl.exp((high - b_high) + (low - b_low))
             b_read = b_nk * tl.exp(b_high)
