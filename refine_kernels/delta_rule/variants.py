@@ -8,6 +8,7 @@ import torch
 
 from refine_kernels.delta_rule import triton_chunk
 from refine_kernels.delta_rule.reference import L2_NORM_EPS
+from refine_kernels.delta_rule.tiles import GROUP_TOKENS, JOIN_ROWS, Tiles, block, choose_tiles, precision_of
 from refine_kernels.delta_rule.triton_recurrent import recurrent_variants
 from refine_kernels.kernel_variant import KernelVariant
 
@@ -17,31 +18,43 @@ DTYPES = {(128, 128): (torch.bfloat16, torch.float16, torch.float32)}  # bfloat1
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 # Bytes that may spill on any NVIDIA chip, about what it is today; none on sm_90 at K = V = 128 in bfloat16 and
 # float16 (README.md).
-SPILL_BUDGET = {"inverse": 0, "scan": 3072, "rescan": 0, "reverse": 2048, "gradient": 1024}
+SPILL_BUDGET = {"inverse": 0, "scan": 3072, "reverse": 2048, "join": 0, "gradient": 1024}
 FLOAT32_SPILL_BUDGET = 65_536  # products of float32 in full are sums over registers
 
-OPTIONAL = {  # what a kernel does without, by purpose
+# What a kernel does without, by purpose. "again" is the backward's second scan over groups; "spans", what a split
+# sequence adds: one span from a joined state, and (maps) what a span does to a state.
+_SPLIT = ("owners", "SPAN", "maps")
+_FOR_MAPS = ("d_r", "d_initial")
+_OUTPUTS = ("u", "final_state", "states", "checkpoints", "chunk_states")
+OPTIONAL = {
     "inverse": {"plain": ("g", "decays"), "gated": ()},
     "scan": {
-        "plain": ("decays", "u", "initial", "final_state", "states", "checkpoints", "chunk_states"),
-        "gated": ("u", "initial", "final_state", "states", "checkpoints", "chunk_states"),
-        "gated training": ("chunk_states",),
-        "plain training": ("decays", "chunk_states"),
-    },
-    "rescan": {
-        "plain": ("q", "o", "u", "decays", "final_state", "states", "checkpoints"),
-        "gated": ("q", "o", "u", "final_state", "states", "checkpoints"),
+        "plain": ("decays", "initial", *_OUTPUTS, *_SPLIT),
+        "gated": ("initial", *_OUTPUTS, *_SPLIT),
+        "gated training": ("chunk_states", *_SPLIT),
+        "plain training": ("decays", "chunk_states", *_SPLIT),
+        "plain training spans": ("decays", "chunk_states", "maps"),
+        "gated training spans": ("chunk_states", "maps"),
+        "plain maps": ("q", "o", "decays", *_OUTPUTS),
+        "gated maps": ("q", "o", *_OUTPUTS),
+        "plain again": ("q", "o", "decays", *(x for x in _OUTPUTS if x != "chunk_states"), "maps"),
+        "gated again": ("q", "o", *(x for x in _OUTPUTS if x != "chunk_states"), "maps"),
     },
     "reverse": {
-        "plain": ("decays", "d_final", "d_states"),
-        "gated": ("d_final", "d_states"),
-        "gated states": (),
-        "plain states": ("decays",),
+        "plain": ("decays", "d_final", "d_states", *_SPLIT),
+        "gated": ("d_final", "d_states", *_SPLIT),
+        "gated states": _SPLIT,
+        "plain states": ("decays", *_SPLIT),
+        "plain states spans": ("decays", "maps"),
+        "gated states spans": ("maps",),
+        "plain states maps": ("decays", *_FOR_MAPS),
+        "gated states maps": _FOR_MAPS,
     },
+    "join": {"plain": (), "plain reverse": ()},
     "gradient": {"plain": ("decays",), "gated": ()},
 }
 FLOAT32 = ("beta", "g", "decays", "sums", "initial", "final_state", "states", "checkpoints", "d_final", "d_states",
-           "d_initial")  # fmt: skip
+           "d_initial", "maps", "given", "starts")  # fmt: skip
 
 
 def kernel_variants() -> Iterator[KernelVariant]:
@@ -51,24 +64,23 @@ def kernel_variants() -> Iterator[KernelVariant]:
             for kernel, purposes in OPTIONAL.items():
                 for purpose, without in purposes.items():
                     for tiles, archs in _choices(kernel, kd, vd, dtype, purpose.startswith("gated")):
-                        if kernel != "rescan" or not tiles.carry:
+                        if "again" not in purpose or not tiles.carry:
                             yield _variant(kernel, purpose, kd, vd, dtype, tiles, without, archs)
     yield from recurrent_variants()
 
 
 def _choices(
     kernel: str, kd: int, vd: int, dtype: torch.dtype, gated: bool
-) -> list[tuple[triton_chunk.Tiles, frozenset[str]]]:
+) -> list[tuple[Tiles, frozenset[str]]]:
     """The tiles that this kernel can get, each with its chips (none: all)."""
 
-    def choose(few: bool, tensor_memory: bool) -> triton_chunk.Tiles:
-        return triton_chunk.choose_tiles(kd, vd, dtype.itemsize, gated, few=few, tensor_memory=tensor_memory)
+    def choose(few: bool, tensor_memory: bool) -> Tiles:
+        return choose_tiles(kd, vd, dtype.itemsize, gated, few=few, tensor_memory=tensor_memory)
 
     many, few, blackwell = choose(False, False), choose(True, False), choose(False, True)
     elsewhere = frozenset() if blackwell == many else frozenset({"sm_80", "sm_90", "gfx942"})
     choices = [(many, elsewhere)]
-    field = "scan" if kernel == "rescan" else kernel
-    if getattr(few, field) != getattr(many, field):
+    if getattr(few, kernel) != getattr(many, kernel):
         choices.append((few, elsewhere))
     if blackwell != many:
         choices.append((blackwell, frozenset({"sm_100"})))
@@ -81,24 +93,21 @@ def _variant(
     kd: int,
     vd: int,
     dtype: torch.dtype,
-    tiles: triton_chunk.Tiles,
+    tiles: Tiles,
     without: tuple[str, ...],
     archs: frozenset[str],
 ) -> KernelVariant:
     """With packed sequences, whose address arithmetic is the longer one."""
-    name = "scan" if kernel == "rescan" else kernel
-    function, tile = getattr(triton_chunk, f"{name}_kernel"), getattr(tiles, name)
-    group = triton_chunk.GROUP_TOKENS // tiles.chunk
+    function, tile = getattr(triton_chunk, f"{kernel}_kernel"), getattr(tiles, kernel)
+    group = GROUP_TOKENS // tiles.chunk
     if kernel == "gradient" and not tiles.carry:
         group = 1
     constants = {
-        "K": kd, "V": vd, "BK": getattr(tile, "bk", triton_chunk.block(kd)), "BV": tile.bv,
+        "K": kd, "V": vd, "BK": getattr(tile, "bk", block(kd)), "BV": tile.bv,
         "BR": getattr(tile, "br", None), "BT": tiles.chunk, "GROUP": group,
-        "RESCAN": kernel == "rescan", "L2NORM": True, "EPS": L2_NORM_EPS,
-        "PRECISION": triton_chunk.precision_of(dtype),
+        "BJ": JOIN_ROWS, "REVERSE": "reverse" in purpose, "L2NORM": True, "EPS": L2_NORM_EPS,
+        "PRECISION": precision_of(dtype),
     }  # fmt: skip
-    if kernel == "scan":
-        without = (*without, "owners")
     names = function.arg_names
     constants = {n: x for n, x in constants.items() if n in names} | dict.fromkeys(
         n for n in without if n in names

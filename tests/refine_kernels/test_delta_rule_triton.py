@@ -64,7 +64,7 @@ def test_head_sizes(kd, vd, dtype, gated):
 @pytest.mark.parametrize("tiles", ["many", "few", "Blackwell"])
 def test_tiles_of_every_kind(tiles, dtype, monkeypatch):
     monkeypatch.setattr(triton_chunk, "FEW", 0 if tiles == "many" else 64)
-    monkeypatch.setattr(triton_chunk, "_has_tensor_memory", lambda device: tiles == "Blackwell")
+    monkeypatch.setattr(triton_chunk, "has_tensor_memory", lambda device: tiles == "Blackwell")
     check(make_inputs(1, 150, 1, 64, 60, dtype=dtype), TOLERANCE[dtype])
 
 
@@ -138,6 +138,92 @@ def test_gates_of_another_dtype():
     assert actual["dbeta"].dtype == actual["dg"].dtype == torch.float32 and actual["dq"].dtype == torch.half
 
 
+# --- sequences split over programs ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _split(monkeypatch):
+    """Spans of two groups, whatever the chip: sequences of several spans, of one, of none."""
+    monkeypatch.setattr(triton_chunk, "span_tokens", lambda *_: 2 * triton_chunk.GROUP_TOKENS)
+
+
+@pytest.mark.usefixtures("_split")
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(("rows", "kd", "vd"), [(2, 16, 24), (1, 60, 40), (1, 100, 20)])
+def test_split_parity(rows, kd, vd, gated):
+    """Two spans and a rest, with every option; K = 100 takes chunks of 32 tokens in float32."""
+    inputs = make_inputs(rows, 520, 1, kd, vd, gated=gated)
+    check(inputs, state_stride=64, use_qk_l2norm_in_kernel=True)
+
+
+@pytest.mark.usefixtures("_split")
+@pytest.mark.parametrize("through", [("o",), ("final_state",), ("states",)], ids="+".join)
+@pytest.mark.parametrize("tokens", [1, 255, 256, 257, 769])
+def test_split_gradients_from_any_output(tokens, through):
+    check(make_inputs(1, tokens, 1, 16, 8), state_stride=256, through=through)
+
+
+@pytest.mark.usefixtures("_split")
+def test_split_options_left_out():
+    inputs = make_inputs(1, 600, 2, 16, 16, gated=False) | {"initial_state": None}
+    check(inputs, scale=0.3, output_final_state=False)
+
+
+@pytest.mark.usefixtures("_split")
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_split_packed_parity(gated):
+    """Empty sequences, some that end with a span, and places between sequences that nobody takes."""
+    lengths = (300, 0, 256, 1, 0, 770, 64, 0)
+    inputs = make_inputs(1, sum(lengths), 1, 16, 8, states=len(lengths), gated=gated)
+    cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+    check(inputs, cu_seqlens=cu_seqlens, state_stride=64)
+
+
+@pytest.mark.usefixtures("_split")
+def test_split_half_precision():
+    check(make_inputs(1, 520, 1, 64, 64, dtype=torch.float16), TOLERANCE[torch.float16], state_stride=64)
+
+
+@pytest.mark.usefixtures("_split")
+def test_split_keys_that_never_forget():
+    """beta = 2 turns states about without an end: what a span does to its state stays of norm 1."""
+    inputs = make_inputs(1, 800, 1, 16, 16, gated=False)
+    inputs["k"] = F.normalize(inputs["k"], dim=-1)
+    inputs["beta"] = torch.full_like(inputs["beta"], 2.0)
+    check(inputs)
+
+
+@pytest.mark.usefixtures("_split")
+def test_a_nan_in_one_packed_sequence_stays_there_when_split():
+    lengths = (300, 520, 65)
+    inputs = to_device(make_inputs(1, sum(lengths), 1, 16, 8, states=3))
+    cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+    clean = run(inputs, cu_seqlens=cu_seqlens, backend="triton")
+    inputs["k"][:, 400] = torch.nan
+    for name, x in run(inputs, cu_seqlens=cu_seqlens, backend="triton").items():
+        if name == "o":  # nor does it reach the chunks before its own
+            assert torch.equal(x[:, :364], clean["o"][:, :364])
+        if "state" in name:
+            assert torch.equal(x[0], clean[name][0]) and torch.equal(x[2], clean[name][2]), name
+        else:
+            assert torch.equal(x[:, :300], clean[name][:, :300]), name
+            assert torch.equal(x[:, 820:], clean[name][:, 820:]), name
+
+
+def test_where_sequences_are_split():
+    """By what a chip holds: never on a CPU, not where programs are many already, not where sequences are short."""
+    h100 = 2 * 132
+    assert triton_chunk.program_slots(torch.device("cpu")) == 0
+    assert triton_chunk.span_tokens(16384, 64, 0, 64) == 0
+    assert triton_chunk.span_tokens(16384, 64, h100, 64) == 4096
+    assert triton_chunk.span_tokens(16384, 128, h100, 64) == 0
+    assert triton_chunk.span_tokens(1024, 64, h100, 64) in (0, 512)
+    assert triton_chunk.span_tokens(500, 1, h100, 64) == 0
+    for tokens, programs in itertools.product((1, 700, 4096, 65536, 10**6), (1, 3, 20, 66)):
+        span = triton_chunk.span_tokens(tokens, programs, h100, 64)
+        assert span == 0 or (span % 512 == 0 and span < tokens and programs * -(-tokens // span) <= h100)
+
+
 # --- edges of stability -----------------------------------------------------------------------------------
 
 
@@ -200,7 +286,7 @@ def test_tiles_cover_the_values(kd, vd, itemsize):
 def test_what_is_kept_lies_where_kernels_load_it_whole(dtype, gated, tokens):
     q, v = torch.empty(1, tokens, 1, 64, dtype=dtype), torch.empty(1, tokens, 1, 32, dtype=dtype)
     kept = q.new_empty(triton_chunk.kept_count(q, v, q[..., 0] if gated else None))
-    parts = triton_chunk._kept(kept, v, triton_chunk._plan(q, v, gated, None), gated)
+    parts = triton_chunk._kept(kept, v, triton_chunk._plan(q, v, gated, False, None), gated)
     assert [None if x is None else tuple(x.shape) for x in parts] == [
         (2, 1, tokens, 1) if gated else None, (1, tokens, 1, 32), (1, tokens, 1, 64)
     ]  # fmt: skip

@@ -1,0 +1,98 @@
+"""How the chunk kernels are cut: sizes that follow from head sizes, dtype and chip."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+
+GROUP_TOKENS = 512  # from one kept state to the next
+FEW = 64  # rows x heads that do not occupy a GPU
+JOIN_ROWS = 32  # of a state that join_kernel multiplies at a time
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut: columns of V a program holds at a time, warps, and loads in flight."""
+
+    bv: int
+    num_warps: int
+    num_stages: int
+
+
+class GradientTile(NamedTuple):
+    """How ``gradient_kernel`` is cut: columns of K a program owns; columns of V at a time in products with the
+    state, and in all others; warps and loads in flight."""
+
+    bk: int
+    bv: int
+    br: int
+    num_warps: int
+    num_stages: int
+
+
+class Tiles(NamedTuple):
+    """The tiles of all kernels for one pair of head sizes."""
+
+    chunk: int  # tokens
+    carry: bool  # whether gradient_kernel carries the state from chunk to chunk of a group
+    inverse: Tile
+    scan: Tile
+    reverse: Tile
+    join: Tile
+    gradient: GradientTile
+
+
+def choose_tiles(
+    kd: int, vd: int, itemsize: int, gated: bool, *, few: bool = False, tensor_memory: bool = False
+) -> Tiles:
+    """The tiles for head sizes ``kd`` and ``vd``, ``itemsize`` bytes a number, with or without decay, ``few`` rows
+    x heads (too few to occupy a GPU by themselves). Decays cost registers, so at K = 128 their kernels hold less
+    of the state. Chips with ``tensor_memory`` (Blackwell) hold products of 64 rows there, and it has no room for
+    all of gradient_kernel's: Triton then compiles a trap."""
+    bk, whole = block(kd), block(vd)
+    if tensor_memory or max(bk, whole) > 128 or (itemsize > 2 and max(bk, whole) > 64):
+        bv = min(whole, 16 if bk > 128 else 32)
+        tile = Tile(bv, 4, 1)
+        return Tiles(32, False, tile, tile, tile, tile, GradientTile(min(bk, 64), bv, bv, 4, 1))
+    large = bk == 128
+    scan = Tile(min(whole, (16 if gated else 32) if large else 32 if few else 64), 4, 2)
+    gradient = GradientTile(
+        min(bk, 32 if gated else 64), whole, min(whole, 16 if gated and large else 64), 8, 1
+    )
+    return Tiles(64, True, Tile(scan.bv, 4, 1), scan, scan, Tile(scan.bv, 4, 1), gradient)
+
+
+def block(size: int) -> int:
+    """The power of two that holds a head size; a tensor-core product takes no less than 16."""
+    return max(triton.next_power_of_2(size), 16)
+
+
+def has_tensor_memory(device: torch.device) -> bool:
+    on_nvidia = device.type == "cuda" and torch.version.hip is None
+    return on_nvidia and torch.cuda.get_device_capability(device)[0] == 10
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: in full for float32 inputs; M is worked out in TF32 for shorter ones."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def program_slots(device: torch.device) -> int:
+    """Programs of a scan that a chip holds at once: two on a multiprocessor (their registers and shared memory). 0
+    where there is no GPU."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
+def span_tokens(tokens: int, programs: int, slots: int, chunk: int) -> int:
+    """Tokens of the spans that sequences of up to ``tokens`` are split into, a multiple of ``GROUP_TOKENS``, where
+    ``programs`` of an unsplit scan leave most of a chip's ``slots`` empty; 0: leave them whole.
+
+    Counted in chunks that programs go through one after another: n spans take ``chunks / n`` for the scan, about
+    1.2 times as many for what maps the spans (three of five products, twice the columns), and n steps of joining.
+    So the chip has to hold n >= 4 times the programs, and more than ``sqrt(2 chunks)`` spans do not pay.
+    """
+    spans = min(slots // max(programs, 1), math.isqrt(2 * tokens // chunk))
+    size = -(-tokens // max(spans, 1) // GROUP_TOKENS) * GROUP_TOKENS
+    return size if spans >= 4 and size < tokens else 0
