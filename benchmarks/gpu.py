@@ -38,6 +38,7 @@ from refine_kernels import (
     recurrent_delta_rule,
     reference,
 )
+from refine_kernels.delta_rule import triton_chunk
 from tests.numerics import relative_error
 
 CUDA = torch.cuda.is_available()
@@ -147,61 +148,111 @@ def run_delta(rule, inputs, through: int, **options):
     )
 
 
+def delta_peers(gated: bool) -> dict[str, Callable]:
+    """What others call for the same rule, with our arguments; those that are here."""
+    if not CUDA:
+        return {}
+
+    def ordered(function):
+        return lambda q, k, v, beta, g, **options: function(q, k, v, g, beta, **options)
+
+    if not gated:
+        fla = peer("fla.ops.delta_rule")
+        return {} if fla is None else {"fla": lambda *x, g=None, **o: fla.chunk_delta_rule(*x, **o)}
+    fla, qla = peer("fla.ops.gated_delta_rule"), peer("flash_qla")
+    found = {"fla": fla, "FlashQLA": qla}
+    return {name: ordered(x.chunk_gated_delta_rule) for name, x in found.items() if x is not None}
+
+
+def worst_error(found, gradients, right, expected) -> tuple[float, str]:
+    """Over outputs, states and gradients that both sides have, with its name."""
+    pairs = {n: (x, right[n]) for n, x in found.items() if x is not None}
+    pairs |= {f"d{n}": (x, expected[n]) for n, x in gradients.items()}
+    return max((relative_error(x, y), n) for n, (x, y) in pairs.items())
+
+
 def delta_numbers() -> Iterator[Row]:
-    """Every configuration's worst error against float64, beside the error of inputs rounded to bf16 alone."""
+    """Every configuration's worst error against float64, beside fla's on the same input where it can."""
     sizes = [(128, 128), (64, 64), (60, 100), (96, 96), (256, 256), (128, 256)] if CUDA else [(16, 16)]
-    lengths = (1, 63, 300, 1000) if CUDA else (70,)
+    # at 4,000 tokens sequences are split over programs; float64 by the chunkwise path, as the definition takes long
+    lengths = (1, 63, 300, 1000, 4000) if CUDA else (70,)
     for (k, v), gated in itertools.product(sizes, (False, True)):
-        worst, where = 0.0, ""
+        peers = {n: f for n, f in delta_peers(gated).items() if n == "fla" and k == v and k in (64, 128, 256)}
+        worst = dict.fromkeys(("ours", *peers), (0.0, ""))
         for t, stride in itertools.product(lengths, (None, 64)):
             inputs = delta_inputs(2, t, 2, k, v, HALF, gated, states=True)
             exact = {n: None if x is None else x.detach().double() for n, x in inputs.items()}
-            options = {"use_qk_l2norm_in_kernel": True, "state_stride": stride}
             through = 3 if stride else 2
-            found, gradients = run_delta(chunk_delta_rule, inputs, through, **options)
-            right, expected = run_delta(reference.chunk_delta_rule, exact, through, **options)
-            pairs = {
-                **{n: (x, right[n]) for n, x in found.items()},
-                **{f"d{n}": (g, expected[n]) for n, g in gradients.items()},
-            }
-            for name, (x, y) in pairs.items():
-                if x is not None and (error := relative_error(x, y)) > worst:
-                    worst, where = error, f"{name}, T={t}, stride {stride}"
+            options = {"use_qk_l2norm_in_kernel": True}
+            expected = run_delta(
+                chunk_delta_rule, exact, through, **options, state_stride=stride, backend="torch"
+            )
+            ours = run_delta(chunk_delta_rule, inputs, through, **options, state_stride=stride)
+            error, name = worst_error(*ours, *expected)
+            worst["ours"] = max(worst["ours"], (error, f"{name}, T={t}, stride {stride}"))
+            for name, rule in peers.items() if stride is None else ():
+                try:
+                    error, where = worst_error(*run_delta(rule, inputs, through, **options), *expected)
+                except Exception as failure:
+                    print(f"  {name} at K {k}, T {t}: {type(failure).__name__}: {failure}")
+                    continue
+                worst[name] = max(worst[name], (error, f"{where}, T={t}"))
+        ratio = f"; {worst['ours'][0] / worst['fla'][0]:.2f} of fla's" if worst.get("fla", (0,))[0] else ""
         yield row(
-            f"K {k} V {v} {'gated' if gated else 'plain'}: worst error", f"{worst:.1e} ({where})", error=worst
-        )
+            f"K {k} V {v} {'gated' if gated else 'plain'}: worst error",
+            ", ".join(f"{name} {error:.1e} ({where})" for name, (error, where) in worst.items()) + ratio,
+            error=worst["ours"][0], peers={n: e for n, (e, _) in worst.items() if n != "ours"},
+        )  # fmt: skip
 
 
 def delta_times() -> Iterator[Row]:
-    """DeltaNet-1.3B's shape, beside fla."""
-    fla = peer("fla.ops.delta_rule") if CUDA else None
+    """DeltaNet-1.3B's shape, plain and gated, beside fla and FlashQLA; and unsplit where we split a sequence."""
     shapes = [(1, 4096), (1, 16384), (1, 65536), (4, 4096), (4, 16384)] if CUDA else [(1, 256)]
     heads, size = (16, 128) if CUDA else (2, 16)
-    for b, t in shapes:
-        inputs = delta_inputs(b, t, heads, size, size, HALF)
-        arguments = [inputs[n] for n in ("q", "k", "v", "beta")]
-        ways = {"ours": functools.partial(chunk_delta_rule, *arguments, use_qk_l2norm_in_kernel=True)}
-        if fla is not None:
-            ways["fla"] = functools.partial(fla.chunk_delta_rule, *arguments, use_qk_l2norm_in_kernel=True)
+    split = triton_chunk.span_tokens
+
+    def unsplit(*arguments, **options):
+        triton_chunk.span_tokens = lambda *_: 0
+        try:
+            return chunk_delta_rule(*arguments, **options)
+        finally:
+            triton_chunk.span_tokens = split
+
+    for gated, (b, t) in itertools.product((False, True), shapes):
+        inputs = delta_inputs(b, t, heads, size, size, HALF, gated)
+        names = [n for n in ("q", "k", "v", "beta", "g") if inputs[n] is not None]
+        leaves = [inputs[n] for n in names]
+        rules = {"ours": chunk_delta_rule} | ({"ours, unsplit": unsplit} if b == 1 else {})
         d_o = torch.randn_like(inputs["v"])
         times = {}
-        for name, function in ways.items():
+        for name, rule in (rules | delta_peers(gated)).items():
 
-            def both(function=function):
-                return torch.autograd.grad(function()[0], arguments, d_o)
+            def forward(rule=rule):
+                return rule(*leaves[:4], g=inputs["g"], use_qk_l2norm_in_kernel=True)[0]
 
-            with torch.no_grad():
-                forward = milliseconds(function)
-            times[name] = (forward, milliseconds(both), peak_gb(both))
-        for name, (forward, whole, memory) in times.items():
-            ratio = (
-                f", {times['fla'][0] / forward:.2f}x / {times['fla'][1] / whole:.2f}x fla"
-                if "fla" in times
-                else ""
-            )
+            def both(forward=forward, name=name):
+                o = forward()
+                if name == "ours, unsplit":
+                    triton_chunk.span_tokens = lambda *_: 0
+                try:
+                    return torch.autograd.grad(o, leaves, d_o)
+                finally:
+                    triton_chunk.span_tokens = split
+
+            try:
+                with torch.no_grad():
+                    alone = milliseconds(forward)
+                times[name] = (alone, milliseconds(both), peak_gb(both))
+            except Exception as failure:
+                print(f"  {name} at {b} x {t}: {type(failure).__name__}: {failure}")
+        for name, (alone, whole, memory) in times.items():
+            ratio = ""
+            if name != "fla" and "fla" in times:
+                ratio = f", {times['fla'][0] / alone:.2f}x / {times['fla'][1] / whole:.2f}x fla"
             yield row(
-                f"delta rule {b} x {t}: {name}", f"{forward:.3f} / {whole:.3f} ms, {memory:.2f} GB{ratio}",
-                forward_ms=forward, both_ms=whole, gb=memory,
+                f"{'gated ' * gated}delta rule {b} x {t}: {name}",
+                f"{alone:.3f} / {whole:.3f} ms, {memory:.2f} GB{ratio}",
+                forward_ms=alone, both_ms=whole, gb=memory,
             )  # fmt: skip
 
 

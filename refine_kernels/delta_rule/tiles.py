@@ -93,6 +93,6 @@ def span_tokens(tokens: int, programs: int, slots: int, chunk: int) -> int:
     1.2 times as many for what maps the spans (three of five products, twice the columns), and n steps of joining.
     So the chip has to hold n >= 4 times the programs, and more than ``sqrt(2 chunks)`` spans do not pay.
     """
-    spans = min(slots // max(programs, 1), math.isqrt(2 * tokens // chunk))
-    size = -(-tokens // max(spans, 1) // GROUP_TOKENS) * GROUP_TOKENS
-    return size if spans >= 4 and size < tokens else 0
+    most = min(slots // max(programs, 1), math.isqrt(2 * tokens // chunk))
+    size = -(-tokens // max(most, 1) // GROUP_TOKENS) * GROUP_TOKENS
+    return size if tokens > 3 * size else 0
