@@ -9,24 +9,33 @@ import dataclasses
 from dataclasses import dataclass
 
 from benchmarks.results import record
+from benchmarks.timing import Paired
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """``what / against = ratio``: of times unless ``what`` says otherwise."""
+    """``what / against = ratio``: of times unless ``what`` says otherwise. ``low`` and ``high`` are the quartiles
+    over ``rounds`` pairs (the ratio itself where there was one)."""
 
     what: str
     against: str
     ratio: float
+    low: float
+    high: float
+    rounds: int
     goal: str = ""
 
 
 RATIOS: list[Ratio] = []
 
 
-def add_ratio(what: str, against: str, ratio: float, goal: str = "") -> None:
-    """Show a ratio in the summary."""
-    RATIOS.append(Ratio(what, against, ratio, goal))
+def add_ratio(what: str, against: str, found: Paired | float, goal: str = "", times: float = 1.0) -> None:
+    """Show a ratio, ``times`` as large as the one found, in the summary."""
+    if isinstance(found, Paired):
+        numbers = (times * found.ratio, times * found.low, times * found.high, found.rounds)
+    else:
+        numbers = (times * found, times * found, times * found, 1)
+    RATIOS.append(Ratio(what, against, *numbers, goal))
 
 
 def pytest_addoption(parser):
@@ -47,7 +56,8 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     terminalreporter.section("ratios, pair by pair (time of the first over time of the second)")
     for r in RATIOS:
-        terminalreporter.write_line(f"{r.what:<44} {r.against:<34} {r.ratio:6.2f}   {r.goal}")
+        spread = f"({r.low:.2f}-{r.high:.2f}, {r.rounds})" if r.rounds > 1 else ""
+        terminalreporter.write_line(f"{r.what:<48} {r.against:<32} {r.ratio:6.2f} {spread:<20} {r.goal}")
     if config.getoption("--record"):
         path = record("ratios", [dataclasses.asdict(r) for r in RATIOS])
         terminalreporter.write_line(f"written to {path}")

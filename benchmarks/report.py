@@ -95,9 +95,13 @@ def _step(name: str, path: str, contents: dict) -> str:
 
 
 def _ratios(path: str, contents: dict) -> str:
-    lines = ["| `pytest benchmarks/ --benchmark-only`: what | against | ratio | |", "|---|---|---|---|"]
+    lines = [
+        "| `pytest benchmarks/ --benchmark-only`: what | against | ratio (quartiles) | |",
+        "|---|---|---|---|",
+    ]
     for row in contents["table"]:
-        lines.append(f"| {row['what']} | {row['against']} | {row['ratio']:.2f} | {row['goal']} |")
+        spread = f" ({row['low']:.2f}-{row['high']:.2f})" if row.get("rounds", 1) > 1 else ""
+        lines.append(f"| {row['what']} | {row['against']} | {row['ratio']:.2f}{spread} | {row['goal']} |")
     return "\n".join([*lines, "", _where(path, contents)])
 
 

@@ -185,7 +185,7 @@ def run_one(options, arm: str, seed: int, steps: int) -> int:
 
 def time_arms(path: Path, pairs: int = 9) -> dict[str, float]:
     """Forward, backward and optimizer of an update over SFT's: medians of the ratios of neighbours."""
-    from benchmarks.step_cost import paired_ratio
+    from benchmarks.timing import paired_ratio
     from refine.method.config import RefineConfig
     from refine.method.step import next_token_targets, refine_step
     from refine.models import load_model
@@ -206,10 +206,10 @@ def time_arms(path: Path, pairs: int = 9) -> dict[str, float]:
         loss.backward()
         optimizer.step()
 
+    limits = {"least": pairs, "most": pairs}
+    sft = ARMS["SFT"]
     return {
-        arm: paired_ratio(lambda settings=settings: update(settings), lambda: update(ARMS["SFT"]), pairs)[
-            "ratio"
-        ]
+        arm: paired_ratio(lambda settings=settings: update(settings), lambda: update(sft), **limits).ratio
         for arm, settings in ARMS.items()
         if arm != "SFT"
     } | {"SFT": 1.0, EQUAL_TIME: 1.0}

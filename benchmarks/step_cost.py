@@ -11,14 +11,13 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
 
 from benchmarks.results import record
+from benchmarks.timing import paired_ratio
 from refine import RefineConfig, refine_step
 from refine.method.step import next_token_targets
 from refine.models import new_model
@@ -79,25 +78,16 @@ def steps(
     }
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-def paired_ratio(a: Callable, b: Callable, pairs: int) -> dict[str, float]:
-    """Median of ``time(a) / time(b)`` over neighbouring calls, after one call of each, with the quartiles."""
-    a(), b()
-    times = [(seconds(a), seconds(b)) for _ in range(pairs)]
-    ratios = sorted(x / y for x, y in times)
+def over_sft(way: Callable, sft: Callable, pairs: int) -> dict[str, float]:
+    """A row of the table: the ratio with its quartiles, and both times."""
+    found = paired_ratio(way, sft, least=pairs, most=pairs)
     return {
-        "ratio": median(ratios),
-        "ratio_low": ratios[len(ratios) // 4],
-        "ratio_high": ratios[-1 - len(ratios) // 4],
-        "seconds": median(x for x, _ in times),
-        "sft_seconds": median(y for _, y in times),
-        "pairs": pairs,
+        "ratio": found.ratio,
+        "ratio_low": found.low,
+        "ratio_high": found.high,
+        "seconds": found.seconds_a,
+        "sft_seconds": found.seconds_b,
+        "pairs": found.rounds,
     }
 
 
@@ -156,15 +146,15 @@ def measure(pairs: int, model: str = "delta_net") -> dict:
     for name, values in sizes.items():
         for value in values:
             at = steps(**({"tokens": 8192, "model": model} | {name: value}))
-            row = {name: value} | paired_ratio(at["shared_prefix"], at["sft"], pairs)
+            row = {name: value} | over_sft(at["shared_prefix"], at["sft"], pairs)
             table[name].append(row)
             print(row, flush=True)
     at = steps(8192, model=model)
-    table["per_prefix"] = paired_ratio(at["per_prefix"], at["sft"], 1)
+    table["per_prefix"] = over_sft(at["per_prefix"], at["sft"], 1)
     print(table["per_prefix"], flush=True)
     if model == "lact":
         generate = uncached_generation(8192, model)
-        table["uncached_generation"] = paired_ratio(generate, at["sft"], 1)
+        table["uncached_generation"] = over_sft(generate, at["sft"], 1)
         print(table["uncached_generation"], flush=True)
     memory = {way: peak_memory(way, 8192, model) for way in WAYS}
     table["memory_mb"] = memory

@@ -7,15 +7,15 @@ float32; on a GPU bfloat16 at DeltaNet-1.3B's shape.
 
 from __future__ import annotations
 
+import functools
 import inspect
-import statistics
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from benchmarks.conftest import add_ratio
+from benchmarks.timing import paired_ratio
 from refine_kernels import reference
 from refine_kernels.delta_rule import chunk_delta_rule
 from tests.numerics import assert_close
@@ -116,20 +116,17 @@ def test_time(benchmark, shape, mode, provider):
 @pytest.mark.parametrize("peer", [fla, transformers], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_ratio(benchmark, shape, rule, peer, pairs=3):
+def test_ratio(benchmark, shape, rule, peer):
     require(peer, "forward_backward")
     inputs, d_o = make_inputs(shape, rule)
     for provider in (ours, peer):
         check(provider, inputs, d_o, "forward_backward")
 
-    def seconds(provider) -> float:
-        start = time.perf_counter()
-        step(provider, inputs, d_o, "forward_backward")
-        return time.perf_counter() - start
-
-    def measure() -> float:
-        seconds(ours), seconds(peer)
-        return statistics.median(seconds(peer) / seconds(ours) for _ in range(pairs))
+    def measure():
+        both = (
+            functools.partial(step, provider, inputs, d_o, "forward_backward") for provider in (peer, ours)
+        )
+        return paired_ratio(*both, budget=6)
 
     ratio = benchmark.pedantic(measure, rounds=1, iterations=1)
     name = {fla: "fla", transformers: "transformers' fallback"}[peer]

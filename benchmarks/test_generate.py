@@ -5,13 +5,12 @@ The model of ``step_cost``'s tables after 2,048 tokens, float32, batch 1. Number
 
 from __future__ import annotations
 
-import statistics
-
 import pytest
 import torch
 
 from benchmarks.conftest import add_ratio
-from benchmarks.step_cost import MODELS, model_of_the_table, seconds
+from benchmarks.step_cost import MODELS, model_of_the_table
+from benchmarks.timing import paired_ratio
 from tests.numerics import assert_close
 
 PROMPT = 2048
@@ -45,9 +44,5 @@ def test_one_token(benchmark, ready, way):
 
 def test_from_the_text_over_from_the_state(benchmark, ready):
     model, from_state, from_text = ready
-    ratio = benchmark.pedantic(
-        lambda: statistics.median(seconds(from_text) / seconds(from_state) for _ in range(5)),
-        rounds=1,
-        iterations=1,
-    )
+    ratio = benchmark.pedantic(paired_ratio, (from_text, from_state), rounds=1, iterations=1)
     add_ratio(f"one token from the text, {model}", "from the state", ratio)

@@ -9,7 +9,6 @@ memory that each takes and the share of the matrix rate that cuBLAS reaches ther
 from __future__ import annotations
 
 import functools
-import statistics
 import time
 
 import pytest
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.conftest import add_ratio
+from benchmarks.timing import paired_ratio, seconds
 from refine_kernels import chunk_lact, reference
 from tests.numerics import assert_close, relative_error
 
@@ -104,14 +104,6 @@ def check(provider, shape, options):
         assert_close(x, y, allowed, name)
 
 
-def seconds(provider, inputs, d_o, options, mode="forward_backward") -> float:
-    start = time.perf_counter()
-    step(provider, inputs, d_o, options, mode)
-    if GPU:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 @pytest.mark.parametrize("provider", [ours, eager, compiled], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("mode", ["forward", "forward_backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -121,24 +113,22 @@ def test_time(benchmark, shape, mode, provider):
     check(provider, shape, options)
     inputs, d_o = make_inputs(shape)
     benchmark.group = f"lact {mode} {shape}"
-    benchmark.pedantic(seconds, (provider, inputs, d_o, options, mode), rounds=3, warmup_rounds=1)
+    call = functools.partial(step, provider, inputs, d_o, options, mode)
+    benchmark.pedantic(seconds, (call,), rounds=3, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("use_muon", [False, True], ids=["plain", "muon"])
 @pytest.mark.parametrize("other", [eager, compiled], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_ratio(benchmark, shape, other, use_muon, pairs=3):
+def test_ratio(benchmark, shape, other, use_muon):
     require(other, shape, use_muon)
     options = {"chunk_size": shape[3], "use_muon": use_muon}
     check(ours, shape, options)
     check(other, shape, options)
     inputs, d_o = make_inputs(shape)
 
-    def measure() -> float:
-        seconds(ours, inputs, d_o, options), seconds(other, inputs, d_o, options)
-        return statistics.median(
-            seconds(other, inputs, d_o, options) / seconds(ours, inputs, d_o, options) for _ in range(pairs)
-        )
+    def measure():
+        return paired_ratio(*(functools.partial(step, f, inputs, d_o, options) for f in (other, ours)))
 
     ratio = benchmark.pedantic(measure, rounds=1, iterations=1)
     goal = "goal: at least 1.5" if GPU and other is compiled else ""
@@ -175,9 +165,8 @@ def test_memory_and_matrix_rate(benchmark, shape):
         return 100 * 2 * rows * chunk * width * 2 * width / (time.perf_counter() - start)
 
     rate_of_cublas()
-    duration = benchmark.pedantic(
-        lambda: min(seconds(ours, inputs, d_o, options) for _ in range(5)), rounds=1, iterations=1
-    )
+    call = functools.partial(step, ours, inputs, d_o, options)
+    duration = benchmark.pedantic(lambda: min(seconds(call) for _ in range(5)), rounds=1, iterations=1)
     updated = (tokens - 1) // chunk * chunk
     products = 3 * tokens + 6 * updated + 8 * tokens + 15 * updated  # of width x width a token
     rate = 2 * rows * width**2 * products / duration

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 import statistics
-import time
 from collections.abc import Callable
 
 import pytest
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.conftest import add_ratio
+from benchmarks.timing import compare, in_turns, paired_ratio
 from refine_kernels.linear_logprob import linear_cross_entropy, linear_logprob
 
 SHAPES = {"wide": (4096, 256, 32000), "narrow": (8192, 256, 4096)}  # N, D, V
@@ -116,16 +116,17 @@ def test_rollout(benchmark, N, provider):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ratios(benchmark, shape):
     """Every provider over our loss alone, and ours with entropies over PyTorch's without."""
-    times = benchmark.pedantic(in_turns, (training_providers(*SHAPES[shape]), ROUNDS), rounds=1, iterations=1)
-    for name, seconds in times.items():
+    providers = training_providers(*SHAPES[shape])
+    times = benchmark.pedantic(in_turns, (providers, "loss"), {"budget": 20}, rounds=1, iterations=1)
+    for name in providers:
         if name != "loss":
-            ratio = median_ratio(seconds, times["loss"])
+            ratio = compare(times, name, "loss")
             goal = {"loss + entropy": "goal: at most 1.1"}.get(
                 name, "goal: at least 1" if name.startswith("torch") else ""
             )
             add_ratio(f"{name}, {shape}", "linear_cross_entropy, fwd + bwd", ratio, goal)
     if (theirs := "torch: linear_cross_entropy") in times:
-        ratio = median_ratio(times["loss + entropy"], times[theirs])
+        ratio = compare(times, "loss + entropy", theirs)
         add_ratio(f"loss + entropy, {shape}", theirs, ratio, "goal: at most 1")
 
 
@@ -238,15 +239,13 @@ def test_gpu(benchmark, shape, provider):
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    def measured() -> dict[str, list[float]]:
+    def measured() -> dict[str, list[float]]:  # by device events
         turns = [(timed(run), timed(product)) for _ in range(20)][5:]
         return dict(zip(("step", "product"), map(list, zip(*turns))))
 
     times = benchmark.pedantic(measured, rounds=1, iterations=1)
     what = f"{provider}, {shape}, {statistics.median(times['step']) * 1e3:.2f} ms, {scratch / 1e6:.0f} MB"
-    add_ratio(
-        what, "one logits product", median_ratio(times["step"], times["product"]), GPU_GOALS.get(provider, "")
-    )
+    add_ratio(what, "one logits product", compare(times, "step", "product"), GPU_GOALS.get(provider, ""))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -258,29 +257,7 @@ def test_gpu_decoding(benchmark):
 
     def step() -> None:
         linear_logprob(x, weight, sample=True, seed=seeds, return_entropy=True)
-        torch.cuda.synchronize()
-
-    def read() -> None:
-        weight.sum()
-        torch.cuda.synchronize()
 
     seeds = torch.arange(N, device="cuda")
-    times = benchmark.pedantic(in_turns, ({"step": step, "read": read}, 50), rounds=1, iterations=1)
-    add_ratio("token, log-prob, entropy of 8 rows", "sum of the weight", median_ratio(*times.values()))
-
-
-def median_ratio(a: list[float], b: list[float]) -> float:
-    return statistics.median(x / y for x, y in zip(a, b))
-
-
-def in_turns(providers: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every provider in every round; all of them run once in each round, after one warm-up."""
-    times = {name: [] for name in providers}
-    for run in providers.values():
-        run()
-    for _ in range(rounds):
-        for name, run in providers.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return times
+    found = benchmark.pedantic(paired_ratio, (step, weight.sum), rounds=1, iterations=1)
+    add_ratio("token, log-prob, entropy of 8 rows", "sum of the weight", found)

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import step_cost
 from benchmarks.conftest import add_ratio
+from benchmarks.timing import paired_ratio
 
 TOKENS = 8192
 
@@ -35,18 +36,15 @@ def test_step(benchmark, steps, way):
 def test_shared_prefix_over_sft(benchmark, chunks):
     at = step_cost.steps(TOKENS, chunks)
     found = benchmark.pedantic(
-        step_cost.paired_ratio, (at["shared_prefix"], at["sft"], 3), rounds=1, iterations=1
+        paired_ratio, (at["shared_prefix"], at["sft"]), {"budget": 20}, rounds=1, iterations=1
     )
     goal = "goal: at most 1.15" if chunks == 8 else ""
-    add_ratio(f"REFINE step, c={chunks}, k=5, T={TOKENS}", "SFT step", found["ratio"], goal)
+    add_ratio(f"REFINE step, c={chunks}, k=5, T={TOKENS}", "SFT step", found, goal)
 
 
 def test_per_prefix_over_sft(benchmark, steps):
-    found = benchmark.pedantic(
-        lambda: step_cost.seconds(steps["per_prefix"]) / step_cost.seconds(steps["sft"]),
-        rounds=1,
-        iterations=1,
-    )
+    ways = steps["per_prefix"], steps["sft"]
+    found = benchmark.pedantic(paired_ratio, ways, {"least": 1, "budget": 0}, rounds=1, iterations=1)
     add_ratio(f"the paper's way, c=8, k=5, T={TOKENS}", "SFT step", found, "counted: 14.7")
 
 

@@ -1,0 +1,80 @@
+"""How the small-scale comparison is summed up: differences item by item, intervals over items and seeds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks import reproduce_small
+from benchmarks.reproduce_small import EQUAL_TIME, interval, render, summarize
+
+ITEMS = 60
+MEASURES = {name: reproduce_small.MEASURES[name] for name in ("loss", "copy_32")}
+
+
+@pytest.fixture(autouse=True)
+def _few_measures(monkeypatch):
+    monkeypatch.setattr(reproduce_small, "MEASURES", MEASURES)
+
+
+def runs(gain: float = 0.0, noise: float = 0.0, seeds: int = 3, arms=("REFINE",)) -> list[dict]:
+    """A first measure, SFT, and arms that differ from it by ``gain`` and by noise of their own."""
+    rng = np.random.default_rng(1)
+    texts = rng.normal(size=ITEMS)  # what an item is worth, far more than any arm changes it
+    found = [{"arm": "before", "seed": 0, "steps": 0, "items": dict.fromkeys(MEASURES, texts.tolist())}]
+    for arm in ("SFT", *arms):
+        for seed in range(seeds):
+            values = texts + 0.1 * seed + (gain + noise * rng.normal(size=ITEMS) if arm != "SFT" else 0)
+            items = dict.fromkeys(MEASURES, values.tolist())
+            found.append({"arm": arm, "seed": seed, "steps": 160, "items": items})
+    return found
+
+
+def test_differences_are_taken_item_by_item():
+    """Items and seeds differ by much; a constant gain is still found exactly."""
+    table = summarize(runs(gain=0.02), {"SFT": 1.0, "REFINE": 1.3})
+    refine = table["measures"]["REFINE"]["loss"]
+    assert refine["difference"] == pytest.approx(0.02)
+    assert refine["interval"] == pytest.approx([0.02, 0.02])
+    assert refine["seeds"] == pytest.approx([refine["mean"] - 0.1, refine["mean"], refine["mean"] + 0.1])
+    assert "difference" not in table["measures"]["SFT"]["loss"]
+    assert table["arms"]["REFINE"] == {"updates": 160, "seeds": 3, "time_of_an_update": 1.3}
+
+
+def test_intervals_cover_what_they_say():
+    """Of many samples without a difference about one in twenty shows one; few seeds make it more."""
+    rng = np.random.default_rng(0)
+    missed = sum(
+        not (low <= 0 <= high)
+        for low, high in (interval(rng.normal(size=(1, 200)), draws=300) for _ in range(200))
+    )
+    assert 2 <= missed <= 25
+    wide, narrow = interval(rng.normal(size=(3, 20))), interval(rng.normal(size=(3, 2000)))
+    assert wide[1] - wide[0] > 3 * (narrow[1] - narrow[0])
+
+
+def test_seeds_that_differ_widen_an_interval():
+    same, apart = np.zeros((3, 500)), np.array([[-1.0], [0.0], [1.0]]) + np.zeros((3, 500))
+    assert interval(same) == [0, 0]
+    low, high = interval(apart)
+    assert low < -0.5 and high > 0.5
+
+
+def test_a_table_marks_what_leaves_zero_out():
+    ratios = {"SFT": 1.0, "REFINE": 1.3, EQUAL_TIME: 1.0}
+    sure = render(summarize(runs(gain=0.02, noise=0.01), ratios))
+    unsure = render(summarize(runs(noise=1.0), ratios))
+    assert sure.count("**+0.0") == len(MEASURES) and "**" not in unsure
+    assert "| time of an update / SFT | - | 1.00 | 1.30 |" in sure
+    assert sure.count("\n") == len(MEASURES) + 3
+    with_time = render(summarize(runs(arms=("REFINE", EQUAL_TIME)), ratios))
+    assert with_time.startswith(f"| | before | SFT | REFINE | {EQUAL_TIME} |")
+
+
+def test_every_arm_is_a_setting_of_training():
+    """Arms that a setting's rename would silently make equal."""
+    from refine.training.settings import TrainSettings
+
+    known = set(TrainSettings.__dataclass_fields__)
+    for settings in (reproduce_small.COMMON, *reproduce_small.ARMS.values()):
+        assert set(settings) <= known
