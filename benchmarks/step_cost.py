@@ -12,10 +12,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
+from benchmarks import timing
 from benchmarks.results import record
 from benchmarks.timing import paired_ratio
 from refine import RefineConfig, refine_step
@@ -95,25 +95,15 @@ def peak_memory(way: str, tokens: int, model: str = "delta_net") -> float:
     """MB that one step takes beyond the process before it, in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.step_cost", "--memory_of", way, "--tokens", str(tokens)]
     command += ["--model", model]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    environment = {name: value for name, value in os.environ.items() if name not in KEEP_PAGES}
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     return float(output.split()[-1])
 
 
 def _memory_here(way: str, tokens: int, model: str) -> float:
     """Peak beyond what was resident before the step; a short step first, so that one-time costs do not count."""
     steps(512, model=model)[way]()
-    function = steps(tokens, model=model)[way]
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel starts its high-water mark anew
-    before = _status("VmRSS")
-    function()
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {name}")
+    return timing.peak_memory(steps(tokens, model=model)[way])
 
 
 def uncached_generation(tokens: int, model: str, chunks: int = 8, length: int = 5) -> Callable[[], None]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.conftest import add_ratio
-from benchmarks.timing import paired_ratio, seconds
+from benchmarks.timing import paired_ratio, peak_memory, seconds
 from refine_kernels import chunk_lact, reference
 from tests.numerics import assert_close, relative_error
 
@@ -56,11 +56,11 @@ def compiled(*inputs, **options):
     return compiled_reference()(*inputs, **options)
 
 
-def require(provider, shape, use_muon=False):
+def require(provider, shape, mode="forward_backward", use_muon=False):
     if provider is not compiled:
         return
-    if not GPU and (shape != SHAPES[0] or use_muon):
-        pytest.skip("on a CPU torch.compile takes minutes a graph: only the first shape without Muon")
+    if not GPU and (shape != SHAPES[0] or use_muon or mode == "forward"):
+        pytest.skip("on a CPU torch.compile takes a minute a graph: only fwd + bwd of one shape without Muon")
     if isinstance(reason := compiled_reference(), str):
         pytest.skip(reason)
 
@@ -86,9 +86,12 @@ def step(provider, inputs, d_o, options, mode="forward_backward"):
 
 
 def check(provider, shape, options):
-    """A few rows and tokens of the shape's width in short chunks, where the definition is quick in float64."""
-    few, d_o = make_inputs((CHECKED_ROWS, CHECKED_TOKENS, shape[2], CHECKED_CHUNK))
-    options = options | {"chunk_size": CHECKED_CHUNK}
+    """A few rows and tokens of the shape's width in short chunks, where the definition is quick in float64; all of
+    it where a further shape would have to be compiled first."""
+    if GPU or provider is not compiled:
+        shape = (CHECKED_ROWS, CHECKED_TOKENS, shape[2], CHECKED_CHUNK)
+    few, d_o = make_inputs(shape)
+    options = options | {"chunk_size": shape[3]}
     doubles = [x.detach().double().requires_grad_() for x in few]
     expected = step(eager, doubles, d_o.double(), options)
     actual, plain = (step(f, few, d_o, options) for f in (provider, eager))
@@ -108,7 +111,7 @@ def check(provider, shape, options):
 @pytest.mark.parametrize("mode", ["forward", "forward_backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_time(benchmark, shape, mode, provider):
-    require(provider, shape)
+    require(provider, shape, mode)
     options = {"chunk_size": shape[3], "use_muon": False}
     check(provider, shape, options)
     inputs, d_o = make_inputs(shape)
@@ -121,16 +124,18 @@ def test_time(benchmark, shape, mode, provider):
 @pytest.mark.parametrize("other", [eager, compiled], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_ratio(benchmark, shape, other, use_muon):
-    require(other, shape, use_muon)
+    require(other, shape, use_muon=use_muon)
     options = {"chunk_size": shape[3], "use_muon": use_muon}
     check(ours, shape, options)
     check(other, shape, options)
     inputs, d_o = make_inputs(shape)
 
-    def measure():
-        return paired_ratio(*(functools.partial(step, f, inputs, d_o, options) for f in (other, ours)))
-
-    ratio = benchmark.pedantic(measure, rounds=1, iterations=1)
+    both = [functools.partial(step, provider, inputs, d_o, options) for provider in (other, ours)]
+    ratio = benchmark.pedantic(paired_ratio, both, rounds=1, iterations=1)
+    if not GPU and other is eager:
+        theirs, mine = (peak_memory(function) for function in both)
+        what = f"memory of the reference, {'Muon' if use_muon else 'no Muon'} {shape}"
+        add_ratio(what, "chunk_lact, fwd + bwd", theirs / mine)
     goal = "goal: at least 1.5" if GPU and other is compiled else ""
     what = f"{other.__name__} reference, {'Muon' if use_muon else 'no Muon'} {shape}"
     add_ratio(what, "chunk_lact, fwd + bwd", ratio, goal)
@@ -144,14 +149,8 @@ def test_memory_and_matrix_rate(benchmark, shape):
     inputs, d_o = make_inputs(shape)
     rows, tokens, width, chunk = shape
 
-    def peak(provider) -> int:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(provider, inputs, d_o, options)
-        return torch.cuda.max_memory_allocated() - before
-
-    peak(ours)
-    add_ratio(f"peak memory, eager reference {shape}", "chunk_lact", peak(eager) / peak(ours))
+    theirs, mine = (peak_memory(functools.partial(step, f, inputs, d_o, options)) for f in (eager, ours))
+    add_ratio(f"memory of the reference {shape}", "chunk_lact", theirs / mine)
 
     x = torch.randn(rows, chunk, width, device=DEVICE, dtype=DTYPE)
     w = torch.randn(rows, width, 2 * width, device=DEVICE, dtype=DTYPE)

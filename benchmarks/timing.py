@@ -1,4 +1,4 @@
-"""Ratios that hold on a shared machine: calls take turns, and neighbours are compared.
+"""Ratios that hold on a shared machine: calls take turns, and neighbours are compared. And peak memory.
 
 Another job that slows the machine down slows all calls of a round. So a ratio is taken round by round, the order
 turns round each time, and rounds are added until the medians are known well enough or the time for it is used up.
@@ -6,10 +6,13 @@ turns round each time, and rounds are added until the medians are known well eno
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -50,16 +53,18 @@ def in_turns(
     least: int = 5,
     most: int = 100,
     budget: float = 4.0,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
-    """Seconds of every function in every round; each runs once before the first.
+    """Seconds of every function in every round.
 
     Args:
         functions: what to time, by name.
         against: the one that the others are to be compared with.
         least, most: rounds; between them it stops at ``PRECISION`` of every ratio, or after ``budget``.
         budget: seconds, the first calls not counted.
+        warm_up: call each once before the first round.
     """
-    for function in functions.values():
+    for function in functions.values() if warm_up else ():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
     began = time.perf_counter()
@@ -85,3 +90,27 @@ def compare(times: dict[str, list[float]], a: str, b: str) -> Paired:
 def paired_ratio(a: Callable[[], object], b: Callable[[], object], **limits) -> Paired:
     """Two functions in turn, the first over the second; ``limits`` as of :func:`in_turns`."""
     return compare(in_turns({"a": a, "b": b}, "b", **limits), "a", "b")
+
+
+def peak_memory(function: Callable[[], object]) -> float:
+    """MB that one call takes at its highest beyond what was there before: of the GPU, or of this process (Linux)."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed does not hide what this one takes
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel starts its high-water mark anew
+    before = _status("VmRSS")
+    function()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {name}")
