@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from benchmarks.results import record
-from benchmarks.timing import Paired
+from benchmarks.timing import Paired, keep_pages
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ def add_ratio(what: str, against: str, found: Paired | float, goal: str = "", ti
 
 def pytest_addoption(parser):
     parser.addoption("--record", action="store_true", help="append the ratios to benchmarks/results/")
+
+
+def pytest_configure(config):
+    keep_pages()
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -8,23 +8,20 @@ in turn and the median of the pairs' ratios is kept.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from benchmarks import timing
 from benchmarks.results import record
-from benchmarks.timing import paired_ratio
+from benchmarks.timing import keep_pages, paired_ratio
 from refine import RefineConfig, refine_step
 from refine.method.step import next_token_targets
 from refine.models import new_model
 from refine.models.head import HiddenOnly, NextTokenLoss
 
-# glibc gives freed pages back and takes them again, which at 16,384 tokens costs more than the branches do
-KEEP_PAGES = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**33)}
 WAYS = ("sft", "shared_prefix", "per_prefix")
 
 
@@ -95,15 +92,25 @@ def peak_memory(way: str, tokens: int, model: str = "delta_net") -> float:
     """MB that one step takes beyond the process before it, in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.step_cost", "--memory_of", way, "--tokens", str(tokens)]
     command += ["--model", model]
-    environment = {name: value for name, value in os.environ.items() if name not in KEEP_PAGES}
-    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return float(output.split()[-1])
 
 
 def _memory_here(way: str, tokens: int, model: str) -> float:
     """Peak beyond what was resident before the step; a short step first, so that one-time costs do not count."""
     steps(512, model=model)[way]()
-    return timing.peak_memory(steps(tokens, model=model)[way])
+    function = steps(tokens, model=model)[way]
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel starts its high-water mark anew
+    before = _status("VmRSS")
+    function()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {name}")
 
 
 def uncached_generation(tokens: int, model: str, chunks: int = 8, length: int = 5) -> Callable[[], None]:
@@ -187,15 +194,9 @@ def main() -> None:
     if options.memory_of:
         print(_memory_here(options.memory_of, options.tokens, options.model))
         return
-    if any(name not in os.environ for name in KEEP_PAGES):
-        # read by the C library when a process starts, so this one starts again
-        os.execve(
-            sys.executable,
-            [sys.executable, "-m", "benchmarks.step_cost", *sys.argv[1:]],
-            os.environ | KEEP_PAGES,
-        )
+    keep_pages()
     table = measure(options.pairs, options.model)
-    about = {"name": options.model, "model": MODELS[options.model][0], "environment": KEEP_PAGES}
+    about = {"name": options.model, "model": MODELS[options.model][0]}
     path = record("step_cost", table, **about)
     print(f"written to {path}\n\n{markdown({'table': table})}")
 

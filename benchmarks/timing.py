@@ -7,12 +7,11 @@ turns round each time, and rounds are added until the medians are known well eno
 from __future__ import annotations
 
 import ctypes
-import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -35,6 +34,18 @@ class Paired:
         """Standard error of the median over the median, if the ratios were normal: 1.25 s / sqrt(n), and quartiles
         are 1.35 s apart."""
         return 1.25 * (self.high - self.low) / 1.35 / self.rounds**0.5 / self.ratio
+
+
+def keep_pages() -> None:
+    """Let the C library keep the memory that it has, for the rest of this process (glibc; nothing elsewhere).
+
+    By default it hands the pages of large tensors back and takes them again for the next one, which on a CPU costs
+    as much as some operations do, and by far not the same from one run to the next.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for setting, value in ((-4, 0), (-1, -1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+            library.mallopt(setting, value)
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -93,8 +104,8 @@ def paired_ratio(a: Callable[[], object], b: Callable[[], object], **limits) -> 
 
 
 def peak_memory(function: Callable[[], object]) -> float:
-    """MB that one call takes at its highest beyond what was there before: of the GPU, or of this process (Linux)."""
-    gc.collect()
+    """MB of tensors that one call holds at its highest beyond what was there before; on a CPU by the profiler's
+    record of every allocation, which is the same in every run."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -102,15 +113,13 @@ def peak_memory(function: Callable[[], object]) -> float:
         function()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed does not hide what this one takes
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel starts its high-water mark anew
-    before = _status("VmRSS")
-    function()
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {name}")
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        function()
+    changes = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    )
+    return max(itertools.accumulate(size for _, size in changes), default=0) / 2**20
