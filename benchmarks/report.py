@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import cost_model
+from benchmarks import cost_model, roofline
 from benchmarks.results import read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,11 +35,17 @@ def section() -> str:
         parts += [_step(name, path, contents), ""]
     if Path(ROOT / "docs" / "step_cost.png").exists():
         parts += ["![time of a REFINE step over an SFT step, against T, c and k](docs/step_cost.png)", ""]
+    if large := newest("large_step", "cpu"):
+        parts += [_large(large), ""]
     for path, contents in list(newest("ratios", "cpu").values())[-1:]:
         parts += [_ratios(path, contents), ""]
     parts += ["*Measured on a GPU.* " + _gpu(), ""]
     parts += [
         "*Counted, on no machine* (`python -m benchmarks.cost_model`; `--memory` counts what a forward keeps).",
+        "",
+        roofline.table(_gpu_contents()),
+        "",
+        "![FLOPs a byte and the roof of an H100](docs/roofline.png)",
         "",
         cost_model.tables(),
         cost_model.memory_table(),
@@ -94,6 +100,45 @@ def _step(name: str, path: str, contents: dict) -> str:
     return "\n".join([*lines, _where(path, contents)])
 
 
+def _large(found: dict[str, tuple[str, dict]]) -> str:
+    """The largest models that were measured, one length each."""
+    lines = [
+        "| larger models, c = 8, k = 5, gradient checkpointing | T | REFINE / SFT | the paper's way / SFT "
+        "| peak memory of a step, SFT and REFINE, MB | an SFT step, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for _, contents in found.values():
+        table = contents["table"]
+        ours, paper = table["shared_prefix"], table.get("per_prefix")
+        lines.append(
+            f"| {contents['model']}, vocabulary 32,000 | {table['tokens']:,} "
+            f"| {ours['ratio']:.2f} ({ours['low']:.2f}-{ours['high']:.2f}, {ours['rounds']} pairs) "
+            f"| {format(paper['ratio'], '.1f') if paper else '-'} "
+            f"| {table['memory_mb']['sft']:,.0f}, {table['memory_mb']['shared_prefix']:,.0f} "
+            f"| {ours['seconds_b']:.0f} |"
+        )
+    return "\n".join([*lines, "", *(_where(path, contents) for path, contents in found.values())])
+
+
+def agreement(files: list[tuple[str, dict]]) -> str:
+    """How far the ratios of the last two runs of one machine lie apart, as a sentence; empty with one run."""
+    (_, last), earlier = files[-1], files[:-1]
+    here = [last["machine"][key] for key in ("processor", "threads")]
+    now = {(row["what"], row["against"]): row["ratio"] for row in last["table"]}
+    for path, contents in reversed(earlier):
+        before = {(row["what"], row["against"]): row["ratio"] for row in contents["table"]}
+        same = [contents["machine"][key] for key in ("processor", "threads")] == here
+        if same and before.keys() == now.keys():
+            apart = {what: abs(now[what] / before[what] - 1) for what in now}
+            worst = max(apart, key=apart.get)
+            within = sum(x <= 0.1 for x in apart.values())
+            return (
+                f"The run before on this machine ([file]({path})): {within} of {len(apart)} ratios within 10 %, "
+                f"the furthest {100 * apart[worst]:.0f} % apart ({worst[0]})."
+            )
+    return ""
+
+
 def _ratios(path: str, contents: dict) -> str:
     lines = [
         "| `pytest benchmarks/ --benchmark-only`: what | against | ratio (quartiles) | |",
@@ -102,7 +147,12 @@ def _ratios(path: str, contents: dict) -> str:
     for row in contents["table"]:
         spread = f" ({row['low']:.2f}-{row['high']:.2f})" if row.get("rounds", 1) > 1 else ""
         lines.append(f"| {row['what']} | {row['against']} | {row['ratio']:.2f}{spread} | {row['goal']} |")
-    return "\n".join([*lines, "", _where(path, contents)])
+    return "\n".join([*lines, "", _where(path, contents), agreement(read("ratios", "cpu"))])
+
+
+def _gpu_contents() -> dict | None:
+    found = list(newest("gpu", "cuda").values())
+    return found[-1][1] if found else None
 
 
 def _gpu() -> str:
@@ -120,37 +170,65 @@ def _gpu() -> str:
 
 
 def draw() -> None:
-    """``docs/step_cost.png``: the ratio to SFT against T, c and k, and time and memory."""
+    """``docs/step_cost.png``: ratio to SFT against T, c and k, time and memory against T. ``docs/roofline.png``."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), sharey=True)
-    for name, (_, contents) in newest("step_cost", "cpu").items():
-        for axis, (key, label) in zip(
-            axes,
-            (
-                ("tokens", "T, tokens (c = 8, k = 5)"),
-                ("chunks", "c, positions"),
-                ("length", "k, tokens of a rollout"),
-            ),
-        ):
-            rows = contents["table"][key]
+    found = newest("step_cost", "cpu")
+    (ROOT / "docs").mkdir(exist_ok=True)
+    figure, (ratios, absolute) = plt.subplots(2, 3, figsize=(11, 6.4))
+    panels = (
+        ("tokens", "T, tokens (c = 8, k = 5)"),
+        ("chunks", "c, positions (T = 8,192)"),
+        ("length", "k, tokens of a rollout (T = 8,192)"),
+    )
+    for i, (name, (_, contents)) in enumerate(found.items()):
+        table = contents["table"]
+        for axis, (key, label) in zip(ratios, panels):
+            rows = table[key]
             x = [row[key] for row in rows]
-            axis.plot(x, [row["ratio"] for row in rows], "o-", ms=4, label=NAMES[name])
-            axis.fill_between(x, [r["ratio_low"] for r in rows], [r["ratio_high"] for r in rows], alpha=0.15)
+            axis.plot(x, [row["ratio"] for row in rows], "o-", ms=4, color=f"C{i}", label=NAMES[name])
+            axis.fill_between(
+                x, [r["ratio_low"] for r in rows], [r["ratio_high"] for r in rows], color=f"C{i}", alpha=0.15
+            )
             axis.set_xlabel(label)
             if key != "length":
                 axis.set_xscale("log", base=2)
             axis.grid(alpha=0.3)
-    axes[0].set_ylabel("time of a REFINE step / SFT step")
-    tallest = max(line.get_ydata().max() for axis in axes for line in axis.get_lines())
-    axes[0].set_ylim(0.95, 1.1 * tallest)  # the quartiles of a disturbed pair may lie outside
-    axes[0].legend(frameon=False)
+        x = [row["tokens"] for row in table["tokens"]]
+        for key, style, way in (("sft_seconds", "--", "SFT"), ("seconds", "-", "REFINE")):
+            times = [row[key] for row in table["tokens"]]
+            absolute[0].plot(x, times, "o" + style, ms=4, color=f"C{i}", label=f"{NAMES[name]}, {way}")
+        if "memory" in table:
+            x = [row["tokens"] for row in table["memory"]]
+            for key, style, way in (("sft", "--", "SFT"), ("shared_prefix", "-", "REFINE")):
+                memory = [row[key] for row in table["memory"]]
+                absolute[1].plot(x, memory, "o" + style, ms=4, color=f"C{i}", label=f"{NAMES[name]}, {way}")
+            paper = [(row["tokens"], row["per_prefix"]) for row in table["memory"] if "per_prefix" in row]
+            absolute[1].plot(*zip(*paper), "x", color=f"C{i}", label=f"{NAMES[name]}, the paper's way")
+    for axis, label in zip(absolute, ("time of a step, s", "peak memory of a step, MB")):
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel("T, tokens (c = 8, k = 5)")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=7)
+    absolute[2].axis("off")
+    tallest = max(line.get_ydata().max() for axis in ratios for line in axis.get_lines())
+    for axis in ratios:
+        axis.set_ylim(0.95, 1.1 * tallest)  # the quartiles of a disturbed pair may lie outside
+    ratios[0].set_ylabel("time of a REFINE step / SFT step")
+    ratios[0].legend(frameon=False)
     figure.tight_layout()
-    (ROOT / "docs").mkdir(exist_ok=True)
     figure.savefig(ROOT / "docs" / "step_cost.png", dpi=130)
+    plt.close(figure)
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+    roofline.draw(axis, _gpu_contents())
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "roofline.png", dpi=130)
     plt.close(figure)
 
 

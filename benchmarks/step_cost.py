@@ -1,8 +1,8 @@
 """What a REFINE step costs beside an SFT step: time and memory, one machine, one run, pair by pair.
 
 ``python -m benchmarks.step_cost [--model lact]`` measures the tables of the README and appends them to
-``benchmarks/results/``. On a shared machine only ratios of neighbours count, so the two steps of a ratio are timed
-in turn and the median of the pairs' ratios is kept.
+``benchmarks/results/``; ``--model delta_net-110m`` one length of a larger model. On a shared machine only ratios of
+neighbours count, so the two steps of a ratio are timed in turn and the median of the pairs' ratios is kept.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from refine.models import new_model
 from refine.models.head import HiddenOnly, NextTokenLoss
 
 WAYS = ("sft", "shared_prefix", "per_prefix")
-
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
 
 # Small models of one width; the settings are those of the table's caption.
 MODELS = {
@@ -37,11 +38,27 @@ MODELS = {
         {"num_attn_heads": 4, "num_lact_heads": 2, "lact_chunk_size": 512, "window_size": 512},
     ),
 }
+# One length and the paper's way beside it, with gradient checkpointing: without it, 16K tokens' activations of the
+# smaller one are 19 GB in float32.
+LARGE = {
+    "delta_net-110m": (
+        "DeltaNet, hidden 768, 12 layers, 6 heads of 128",
+        {"hidden_size": 768, "num_hidden_layers": 12, "vocab_size": 32000, "num_heads": 6},
+    ),
+    "delta_net-370m": (
+        "DeltaNet, hidden 1024, 24 layers, 8 heads of 128",
+        {"hidden_size": 1024, "num_hidden_layers": 24, "vocab_size": 32000, "num_heads": 8},
+    ),
+}
 
 
 def model_of_the_table(model: str = "delta_net") -> torch.nn.Module:
-    """One of ``MODELS``: hidden 256, 4 layers, vocabulary 4096, random weights, float32."""
-    return new_model(model, hidden_size=256, num_hidden_layers=4, vocab_size=4096, **MODELS[model][1]).train()
+    """One of ``MODELS`` (hidden 256, 4 layers, vocabulary 4096) or ``LARGE``: random weights, float32."""
+    settings = {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 4096} | (MODELS | LARGE)[model][1]
+    net = new_model(model.split("-")[0], **settings).train()
+    if model in LARGE:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+    return net
 
 
 def steps(
@@ -50,7 +67,7 @@ def steps(
     """One function a way; each does forward and backward (no optimizer) and returns the loss."""
     model = model_of_the_table(model)
     torch.manual_seed(0)
-    ids = torch.randint(4096, (1, tokens))
+    ids = torch.randint(model.config.vocab_size, (1, tokens))
     lengths = torch.tensor([tokens])
     seeds = torch.tensor([1])
 
@@ -136,7 +153,7 @@ def measure(pairs: int, model: str = "delta_net") -> dict:
     """The whole table."""
     table: dict[str, list] = {"tokens": [], "chunks": [], "length": []}
     sizes = {
-        "tokens": (1024, 2048, 4096, 8192, 16384),
+        "tokens": LENGTHS,
         "chunks": (2, 4, 8, 16, 32, 64),
         "length": (1, 3, 5, 7),
     }
@@ -153,9 +170,34 @@ def measure(pairs: int, model: str = "delta_net") -> dict:
         generate = uncached_generation(8192, model)
         table["uncached_generation"] = over_sft(generate, at["sft"], 1)
         print(table["uncached_generation"], flush=True)
-    memory = {way: peak_memory(way, 8192, model) for way in WAYS}
-    table["memory_mb"] = memory
-    print(memory, flush=True)
+    for tokens in LENGTHS:  # the paper's way at one of them: it takes minutes
+        ways = WAYS if tokens == 8192 else WAYS[:2]
+        memory = {way: peak_memory(way, tokens, model) for way in ways}
+        table.setdefault("memory", []).append({"tokens": tokens} | memory)
+        print(table["memory"][-1], flush=True)
+        if tokens == 8192:
+            table["memory_mb"] = memory
+    return table
+
+
+def measure_large(pairs: int, model: str, tokens: int, per_prefix: bool) -> dict:
+    """The ratio at one length; the paper's way once, if asked for; memory of each. Warm-up at 512 tokens."""
+    for way in steps(512, model=model).values():
+        way()
+    at = steps(tokens, model=model)
+    limits = {"least": pairs, "most": pairs, "warm_up": False}
+    table = {
+        "tokens": tokens,
+        "shared_prefix": asdict(paired_ratio(at["shared_prefix"], at["sft"], **limits)),
+    }
+    print(table, flush=True)
+    if per_prefix:
+        limits |= {"least": 1, "most": 1}
+        table["per_prefix"] = asdict(paired_ratio(at["per_prefix"], at["sft"], **limits))
+        print(table["per_prefix"], flush=True)
+    del at
+    table["memory_mb"] = {way: peak_memory(way, tokens, model) for way in WAYS[:2]}
+    print(table["memory_mb"], flush=True)
     return table
 
 
@@ -187,14 +229,22 @@ def main() -> None:
     """Measure, print, append a results file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--model", choices=MODELS, default="delta_net")
+    parser.add_argument("--model", choices=[*MODELS, *LARGE], default="delta_net")
+    parser.add_argument(
+        "--no_per_prefix", action="store_true", help="large models: leave out the paper's way"
+    )
     parser.add_argument("--memory_of", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--tokens", type=int, default=8192, help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, default=16384, help="of a large model's sequence")
     options = parser.parse_args()
     if options.memory_of:
         print(_memory_here(options.memory_of, options.tokens, options.model))
         return
     keep_pages()
+    if options.model in LARGE:
+        table = measure_large(options.pairs, options.model, options.tokens, not options.no_per_prefix)
+        about = {"name": options.model, "model": LARGE[options.model][0]}
+        print(f"written to {record('large_step', table, **about)}")
+        return
     table = measure(options.pairs, options.model)
     about = {"name": options.model, "model": MODELS[options.model][0]}
     path = record("step_cost", table, **about)

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import cost_model, report, results
+from benchmarks import cost_model, report, results, roofline
 from benchmarks.cost_model import PUBLISHED, Step, step_flops
 from benchmarks.step_cost import model_of_the_table
 
@@ -50,6 +50,46 @@ def test_records_are_found_by_kind_and_device(tmp_path, monkeypatch):
 def test_the_report_needs_its_markers():
     with pytest.raises(ValueError, match=r"README\.md must hold the lines"):
         report.renewed("# a README\n")
+
+
+def test_two_runs_are_compared_on_one_machine():
+    def run(*ratios, processor="x"):
+        rows = [{"what": f"w{i}", "against": "a", "ratio": ratio} for i, ratio in enumerate(ratios)]
+        return {"machine": {"processor": processor, "threads": 2}, "table": rows}
+
+    files = [("first", run(1.0, 2.0)), ("other", run(9.0, 9.0, processor="y")), ("last", run(1.05, 2.5))]
+    said = report.agreement(files)
+    assert said.startswith("The run before on this machine ([file](first)): 1 of 2 ratios within 10 %")
+    assert "the furthest 25 % apart" in said and "w1" in said
+    assert report.agreement(files[:1]) == report.agreement(files[:2]) == ""
+    assert report.agreement([files[0], ("last", run(1.0, 2.0, 3.0))]) == ""
+
+
+def test_the_roofline_takes_the_longer_of_bytes_and_products():
+    by_name = {count.name: count for count in roofline.COUNTS}
+    forward, head = by_name["delta rule, forward"], by_name["LM head, forward with entropy"]
+    assert forward.floor == pytest.approx(0.12e-3, rel=0.02)  # by bytes: the op's README says 0.12 ms
+    assert head.floor == pytest.approx(2.68e-3, rel=0.01)  # by products: G
+    gpu = {"table": {"times": [{"what": "delta rule 1 x 16384: ours", "forward_ms": 0.3, "value": "-"}]}}
+    assert roofline.measured(gpu) == {"delta rule, forward": 0.3} and roofline.measured(None) == {}
+    assert (
+        "| delta rule, forward | 16K tokens, 16 heads of 128 | 151 | bytes | 121 | 300 |"
+        in roofline.table(gpu)
+    )
+    assert "| 121 | - |" in roofline.table(None)
+
+
+def test_a_large_models_table():
+    paired = {"ratio": 1.05, "low": 1.0, "high": 1.1, "rounds": 2, "seconds_a": 70.0, "seconds_b": 68.0}
+    machine = {"processor": "x", "threads": 2, "load_before": 0.1}
+    table = {"tokens": 16384, "shared_prefix": paired, "memory_mb": {"sft": 5000.0, "shared_prefix": 6000.0}}
+    contents = {
+        "model": "M", "date": "2026-01-01", "machine": machine, "versions": {"torch": "2"}, "table": table
+    }  # fmt: skip
+    row = "| M, vocabulary 32,000 | 16,384 | 1.05 (1.00-1.10, 2 pairs) | - | 5,000, 6,000 | 68 |"
+    assert row in report._large({"m": ("path", contents)})
+    contents["table"] = table | {"per_prefix": paired | {"ratio": 7.46}}
+    assert "| 7.5 | 5,000" in report._large({"m": ("path", contents)})
 
 
 def test_the_readme_is_drawn_from_the_results():
