@@ -37,7 +37,13 @@ from refine.training.settings import SettingsError, TrainSettings, parse_setting
 from refine.training.tracking import Tracker, check_reporters, write_samples
 from refine_kernels.linear_logprob import mix_seeds
 
-EVALUATED = ("eval_loss", "eval_accuracy", "eval_cosine", "eval_exact_match")
+EVALUATED = {  # a measure of the held-out sequences -> what the report calls it
+    "eval_loss": "next-token loss",
+    "eval_accuracy": "next-token accuracy",
+    "eval_cosine": "cosine reward",
+    "eval_exact_match": "binary reward",
+    "eval_answer_loss": "answer loss",
+}
 
 
 class TrainingStopped(RuntimeError):
@@ -496,9 +502,10 @@ def _report(output_dir, before, after, counters, stream, plots, seconds) -> None
     if read.cut_prompts:
         print(f"{read.cut_prompts} prompts were longer than max_length and cut in the middle")
     if after:
-        names = ("next-token loss", "next-token accuracy", "cosine reward", "binary reward")
         print(f"\nheld out ({after['eval_sequences']} sequences)   before     after    change")
-        for name, key in zip(names, EVALUATED):
+        for key, name in EVALUATED.items():
+            if key not in after:
+                continue
             if before:
                 row = f"{before[key]:9.4f} {after[key]:9.4f} {after[key] - before[key]:+9.4f}"
             else:

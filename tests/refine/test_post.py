@@ -69,8 +69,11 @@ def test_two_processes_end_where_one_ends(tmp_path, pair_file, parallel):
     check_same(tmp_path / parallel, tmp_path / "alone")
 
 
-def test_in_bfloat16(tmp_path, pair_file):
-    assert run(tmp_path, pair_file, phase="post", max_steps=2, bf16=True) == 0
+def test_in_bfloat16(tmp_path, pair_file, capsys):
+    measured = {"eval_dataset_name_or_path": pair_file, "eval_samples": 2}
+    assert run(tmp_path, pair_file, phase="post", max_steps=2, bf16=True, **measured) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("next-token loss", "binary reward", "answer loss"))
     lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "answer_loss" in line]
     assert len(lines) == 2 and all(0 < line["answer_loss"] < 20 and not line["skipped"] for line in lines)
 
