@@ -70,6 +70,7 @@ def block(size: int) -> int:
 
 
 def has_tensor_memory(device: torch.device) -> bool:
+    """Whether it is a data-centre Blackwell, whose tensor cores keep their results in a memory of their own."""
     on_nvidia = device.type == "cuda" and torch.version.hip is None
     return on_nvidia and torch.cuda.get_device_capability(device)[0] == 10
 

@@ -9,6 +9,10 @@ and shares of dbeta and dg, summed at the end. It starts from the state that the
 eight chunks and carries it on the chip; head sizes too large for that read each chunk's state from memory, where
 a second ``scan_kernel``, parallel over the groups, has put it.
 
+Where rows x heads leave a chip mostly empty, sequences are split into spans (``tiles.span_tokens``), two launches
+more each way: one maps what every span does to a state (``maps``), ``join_kernel`` goes from span to span, and then
+all spans are scanned at once from their own states.
+
 Keys and queries are never normalised in memory nor on the chip: ``use_qk_l2norm_in_kernel`` multiplies rows of
 float32 results by ``1 / sqrt(sum x^2 + eps)``, so products read what was loaded. The same holds for beta and the
 decays. No product takes a transposed result of another product, only transposed loads (Triton before 3.7.1 is
