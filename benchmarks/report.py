@@ -128,13 +128,14 @@ def agreement(files: list[tuple[str, dict]]) -> str:
     for path, contents in reversed(earlier):
         before = {(row["what"], row["against"]): row["ratio"] for row in contents["table"]}
         same = [contents["machine"][key] for key in ("processor", "threads")] == here
-        if same and before.keys() == now.keys():
-            apart = {what: abs(now[what] / before[what] - 1) for what in now}
+        both = now.keys() & before.keys()
+        if same and len(both) > len(now) / 2:
+            apart = {what: abs(now[what] / before[what] - 1) for what in sorted(both)}
             worst = max(apart, key=apart.get)
             within = sum(x <= 0.1 for x in apart.values())
             return (
-                f"The run before on this machine ([file]({path})): {within} of {len(apart)} ratios within 10 %, "
-                f"the furthest {100 * apart[worst]:.0f} % apart ({worst[0]})."
+                f"The run before on this machine ([file]({path})): of the {len(apart)} ratios that both have, "
+                f"{within} are within 10 %, the furthest {100 * apart[worst]:.0f} % apart ({worst[0]})."
             )
     return ""
 

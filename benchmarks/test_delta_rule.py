@@ -123,7 +123,7 @@ def test_ratio(benchmark, shape, rule, peer):
         check(provider, inputs, d_o, "forward_backward")
 
     both = [functools.partial(step, provider, inputs, d_o, "forward_backward") for provider in (peer, ours)]
-    ratio = benchmark.pedantic(paired_ratio, both, {"budget": 10, "least": 7}, rounds=1, iterations=1)
+    ratio = benchmark.pedantic(paired_ratio, both, {"budget": 8, "least": 7}, rounds=1, iterations=1)
     name = {fla: "fla", transformers: "transformers' fallback"}[peer]
     goal = "goal: at least 1.8" if peer is fla else "goal: at least 2"
     add_ratio(f"{name}, {rule} {shape}", "chunk_delta_rule, fwd + bwd", ratio, goal)

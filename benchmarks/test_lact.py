@@ -26,7 +26,7 @@ DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 SHAPES = (
     [(4 * batch, tokens, 384, 2048) for batch in (1, 4) for tokens in (16384, 32768)]
     if GPU
-    else [(4, 2048, 128, 512), (1, 2560, 384, 1024)]
+    else [(8, 1024, 128, 512), (1, 2560, 384, 1024)]
 )
 CHECKED_ROWS, CHECKED_TOKENS, CHECKED_CHUNK = 2, 100, 32
 BACKEND = "triton" if GPU else "torch"

@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from benchmarks.conftest import add_ratio
 from benchmarks.timing import compare, in_turns, paired_ratio, peak_memory
 from refine_kernels.linear_logprob import linear_cross_entropy, linear_logprob
+from tests.numerics import assert_close
 
 SHAPES = {"wide": (1024, 256, 32000), "narrow": (4096, 256, 4096)}  # N, D, V
 ROUNDS = 3
 
 
-def training_providers(N: int, D: int, V: int) -> dict[str, Callable[[], None]]:
-    """Loss, forward and backward with respect to x [N, D] and weight [V, D]."""
+def training_providers(N: int, D: int, V: int) -> tuple[dict[str, Callable[[], None]], list[torch.Tensor]]:
+    """Loss, forward and backward with respect to x [N, D] and weight [V, D]; and x, weight, target [N]."""
     x = torch.randn(N, D, requires_grad=True)
     weight = (torch.randn(V, D) / D**0.5).requires_grad_()
     target = torch.randint(V, (N,))
@@ -55,26 +56,47 @@ def training_providers(N: int, D: int, V: int) -> dict[str, Callable[[], None]]:
         providers["torch: linear_cross_entropy, chunked"] = lambda: F.linear_cross_entropy(
             x, weight, target, options=chunked
         )
-    return {name: trained(loss) for name, loss in providers.items()}
+    return {name: trained(loss) for name, loss in providers.items()}, [x, weight, target]
 
 
-def rollout_providers(N: int, D: int, V: int) -> dict[str, Callable[[], None]]:
-    """One decoding step of N rows: a token, its log-prob and the entropy."""
+def check_training(name: str) -> None:
+    """Gradients at a small shape against autograd over the logits in float64."""
+    providers, leaves = training_providers(100, 60, 997)
+    if name not in providers:
+        pytest.skip("this version of torch does not have it")
+    providers[name]()
+    x, weight, target = leaves
+    doubles = [t.detach().double().requires_grad_() for t in (x, weight)]
+    log_p = F.linear(*doubles).log_softmax(1)
+    loss = -log_p.gather(1, target[:, None]).mean()
+    if name == "log-prob and entropy with gradients":
+        loss = loss - (log_p.exp() * log_p).sum(1).mean()
+    for actual, expected in zip((x.grad, weight.grad), torch.autograd.grad(loss, doubles)):
+        assert_close(actual, expected, 1e-5, f"gradient of {name}")
+
+
+def rollout_providers(
+    N: int, D: int, V: int
+) -> tuple[dict[str, Callable[[], tuple[torch.Tensor, ...]]], torch.Tensor]:
+    """One decoding step of N rows: a token, its log-prob and the entropy, [N] each; and the logits in float64."""
     x, weight = torch.randn(N, D), torch.randn(V, D) / D**0.5
 
-    def materialised() -> None:
+    def materialised() -> tuple[torch.Tensor, ...]:
         log_p = (x @ weight.t()).log_softmax(1)
         p = log_p.exp()
-        log_p.gather(1, torch.multinomial(p, 1))
-        (p * log_p).sum(1)
+        token = torch.multinomial(p, 1)
+        return token[:, 0], log_p.gather(1, token)[:, 0], -(p * log_p).sum(1)
 
-    return {
-        "sample + entropy": lambda: linear_logprob(x, weight, sample=True, seed=1, return_entropy=True),
-        "greedy + entropy": lambda: linear_logprob(
-            x, weight, sample=True, temperature=0, return_entropy=True
-        ),
+    def fused(**options) -> tuple[torch.Tensor, ...]:
+        out = linear_logprob(x, weight, sample=True, return_entropy=True, **options)
+        return out.token, out.logprob, out.entropy
+
+    providers = {
+        "sample + entropy": lambda: fused(seed=1),
+        "greedy + entropy": lambda: fused(temperature=0),
         "torch: logits, multinomial, entropy": materialised,
     }
+    return providers, x.double() @ weight.double().t()
 
 
 TRAINING = [
@@ -97,9 +119,8 @@ def test_training(benchmark, shape, provider):
     if provider in NEEDS_GPU:
         pytest.importorskip(NEEDS_GPU[provider], reason=f"{provider} is not installed")
         pytest.skip(f"{provider} has Triton kernels alone: it is timed by test_gpu")
-    providers = training_providers(*SHAPES[shape])
-    if provider not in providers:
-        pytest.skip("this version of torch does not have it")
+    check_training(provider)
+    providers, _ = training_providers(*SHAPES[shape])
     benchmark.group = f"forward + backward, {shape} {SHAPES[shape]}"
     benchmark.pedantic(providers[provider], rounds=ROUNDS, warmup_rounds=1)
 
@@ -107,16 +128,25 @@ def test_training(benchmark, shape, provider):
 @pytest.mark.parametrize("provider", ROLLOUT)
 @pytest.mark.parametrize("N", [8, 64])
 def test_rollout(benchmark, N, provider):
-    providers = rollout_providers(N, 256, 4096)
+    providers, logits = rollout_providers(N, 256, 4096)
     benchmark.group = f"one decoding step, {(N, 256, 4096)}"
     with torch.no_grad():
+        token, logprob, entropy = providers[provider]()
+        if not provider.startswith("greedy"):  # whose distribution is a single token
+            log_p = logits.log_softmax(1)
+            assert_close(logprob, log_p.gather(1, token[:, None])[:, 0], 1e-5, "log-prob")
+            assert_close(entropy, -(log_p.exp() * log_p).sum(1), 1e-5, "entropy")
+        else:
+            assert torch.equal(token, logits.argmax(1))
         benchmark(providers[provider])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ratios(benchmark, shape):
     """Every provider over our loss alone, and ours with entropies over PyTorch's without."""
-    providers = training_providers(*SHAPES[shape])
+    providers, _ = training_providers(*SHAPES[shape])
+    for name in providers:
+        check_training(name)
     times = benchmark.pedantic(in_turns, (providers, "loss"), {"budget": 12}, rounds=1, iterations=1)
     for name in providers:
         if name != "loss":
