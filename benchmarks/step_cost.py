@@ -8,6 +8,7 @@ neighbours count, so the two steps of a ratio are timed in turn and the median o
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -191,11 +192,15 @@ def measure_large(pairs: int, model: str, tokens: int, per_prefix: bool) -> dict
         "shared_prefix": asdict(paired_ratio(at["shared_prefix"], at["sft"], **limits)),
     }
     print(table, flush=True)
-    if per_prefix:
-        limits |= {"least": 1, "most": 1}
-        table["per_prefix"] = asdict(paired_ratio(at["per_prefix"], at["sft"], **limits))
-        print(table["per_prefix"], flush=True)
     del at
+    if per_prefix:  # in a process of its own: it may need more memory than there is
+        command = [sys.executable, "-m", "benchmarks.step_cost", "--per_prefix_of", model]
+        apart = subprocess.run([*command, "--tokens", str(tokens)], stdout=subprocess.PIPE, text=True)
+        if apart.returncode == 0:
+            table["per_prefix"] = json.loads(apart.stdout.splitlines()[-1])
+        else:
+            table["per_prefix"] = {"failed": f"ended with {apart.returncode} (-9: killed, out of memory)"}
+        print(table["per_prefix"], flush=True)
     table["memory_mb"] = {way: peak_memory(way, tokens, model) for way in WAYS[:2]}
     print(table["memory_mb"], flush=True)
     return table
@@ -233,6 +238,7 @@ def main() -> None:
     parser.add_argument(
         "--no_per_prefix", action="store_true", help="large models: leave out the paper's way"
     )
+    parser.add_argument("--per_prefix_of", choices=LARGE, help=argparse.SUPPRESS)
     parser.add_argument("--memory_of", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=int, default=16384, help="of a large model's sequence")
     options = parser.parse_args()
@@ -240,6 +246,11 @@ def main() -> None:
         print(_memory_here(options.memory_of, options.tokens, options.model))
         return
     keep_pages()
+    if options.per_prefix_of:
+        at = steps(options.tokens, model=options.per_prefix_of)
+        once = {"least": 1, "most": 1, "warm_up": False}
+        print(json.dumps(asdict(paired_ratio(at["per_prefix"], at["sft"], **once))))
+        return
     if options.model in LARGE:
         table = measure_large(options.pairs, options.model, options.tokens, not options.no_per_prefix)
         about = {"name": options.model, "model": LARGE[options.model][0]}

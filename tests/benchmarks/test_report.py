@@ -93,6 +93,8 @@ def test_a_large_models_table():
     assert row in report._large({"m": ("path", contents)})
     contents["table"] = table | {"per_prefix": paired | {"ratio": 7.46}}
     assert "| 7.5 | 5,000" in report._large({"m": ("path", contents)})
+    contents["table"] = table | {"per_prefix": {"failed": "ended with -9 (-9: killed, out of memory)"}}
+    assert "| out of memory | 5,000" in report._large({"m": ("path", contents)})
 
 
 def test_the_readme_is_drawn_from_the_results():
