@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.results import record
-from benchmarks.timing import keep_pages, paired_ratio
+from benchmarks.timing import keep_pages, paired_ratio, release_pages
 from refine import RefineConfig, refine_step
 from refine.method.step import next_token_targets
 from refine.models import new_model
@@ -193,6 +193,7 @@ def measure_large(pairs: int, model: str, tokens: int, per_prefix: bool) -> dict
     }
     print(table, flush=True)
     del at
+    release_pages()
     if per_prefix:  # in a process of its own: it may need more memory than there is
         command = [sys.executable, "-m", "benchmarks.step_cost", "--per_prefix_of", model]
         apart = subprocess.run([*command, "--tokens", str(tokens)], stdout=subprocess.PIPE, text=True)
