@@ -216,7 +216,10 @@ def draw() -> None:
         axis.set_xlabel("T, tokens (c = 8, k = 5)")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=7)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=7, handlelength=4)
+        else:
+            axis.axis("off")  # files of before it was measured
     absolute[2].axis("off")
     tallest = max(line.get_ydata().max() for axis in ratios for line in axis.get_lines())
     for axis in ratios:
