@@ -110,12 +110,14 @@ def _large(found: dict[str, tuple[str, dict]]) -> str:
     for _, contents in found.values():
         table = contents["table"]
         ours, paper = table["shared_prefix"], table.get("per_prefix", {})
+        found_memory = table.get("memory_mb", {})
+        memory = ", ".join(f"{found_memory[w]:,.0f}" for w in WAYS if w in found_memory) or "-"
         papers = format(paper["ratio"], ".1f") if "ratio" in paper else "out of memory" if paper else "-"
         lines.append(
             f"| {contents['model']}, vocabulary 32,000 | {table['tokens']:,} "
             f"| {ours['ratio']:.2f} ({ours['low']:.2f}-{ours['high']:.2f}, {ours['rounds']} pairs) "
             f"| {papers} "
-            f"| {table['memory_mb']['sft']:,.0f}, {table['memory_mb']['shared_prefix']:,.0f} "
+            f"| {memory} "
             f"| {ours['seconds_b']:.0f} |"
         )
     return "\n".join([*lines, "", *(_where(path, contents) for path, contents in found.values())])
