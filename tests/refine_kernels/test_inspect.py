@@ -260,6 +260,7 @@ def test_no_chunk_kernel_of_the_delta_rule_spills_on_hopper(tmp_path):
     assert {row["variant"].split()[0].split(".")[1] for row in rows} == {
         "inverse",
         "scan",
+        "join",
         "reverse",
         "gradient",
     }
