@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Tests run in so many processes, one thread each: kernels are interpreted, which takes one core however many there are.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable
 
 .PHONY: setup train test test-all lint format bench reproduce-small pretrain-tiny clean
 
@@ -25,10 +28,10 @@ format: setup
 	$(BIN)/ruff format .
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only

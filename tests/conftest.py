@@ -10,6 +10,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests in several processes: one thread for each
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
