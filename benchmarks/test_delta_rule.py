@@ -23,7 +23,7 @@ from tests.numerics import assert_close
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 SHAPES = (
-    [(1, 4096, 16, 128), (1, 16384, 16, 128)] if GPU else [(1, 4096, 4, 128), (2, 2048, 16, 64)]
+    [(1, 4096, 16, 128), (1, 16384, 16, 128)] if GPU else [(1, 2048, 4, 128), (1, 2048, 16, 64)]
 )  # B, T, H, D
 CHECKED = (slice(0, 1), slice(0, 100), slice(0, 2))  # rows, tokens, heads
 TOLERANCE = 2e-2 if GPU else 1e-5
@@ -116,16 +116,17 @@ def test_time(benchmark, shape, mode, provider):
 @pytest.mark.parametrize("peer", [fla, transformers], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_ratio(benchmark, shape, rule, peer):
+def test_ratio(benchmark, shape, rule, peer, visit):
     require(peer, "forward_backward")
     inputs, d_o = make_inputs(shape, rule)
-    for provider in (ours, peer):
+    for provider in (ours, peer) if visit == 1 else ():
         check(provider, inputs, d_o, "forward_backward")
 
     both = [functools.partial(step, provider, inputs, d_o, "forward_backward") for provider in (peer, ours)]
-    ratio = benchmark.pedantic(paired_ratio, both, {"budget": 8, "least": 7}, rounds=1, iterations=1)
+    ratio = benchmark.pedantic(paired_ratio, both, {"least": 4, "budget": 3}, rounds=1, iterations=1)
     name = {fla: "fla", transformers: "transformers' fallback"}[peer]
     goal = "goal: at least 1.8" if peer is fla else "goal: at least 2"
     add_ratio(f"{name}, {rule} {shape}", "chunk_delta_rule, fwd + bwd", ratio, goal)
-    theirs, mine = (peak_memory(function) for function in both)
-    add_ratio(f"memory of {name}, {rule} {shape}", "chunk_delta_rule, fwd + bwd", theirs / mine)
+    if visit == 1:
+        theirs, mine = (peak_memory(function) for function in both)
+        add_ratio(f"memory of {name}, {rule} {shape}", "chunk_delta_rule, fwd + bwd", theirs / mine)

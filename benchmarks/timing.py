@@ -10,8 +10,8 @@ import ctypes
 import itertools
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -28,6 +28,7 @@ class Paired:
     seconds_a: float
     seconds_b: float
     rounds: int
+    ratios: tuple[float, ...] = field(default=(), repr=False)  # of every round
 
     @property
     def error(self) -> float:
@@ -97,11 +98,15 @@ def in_turns(
 
 def compare(times: dict[str, list[float]], a: str, b: str) -> Paired:
     """Two of what was timed in turns."""
-    ratios = [x / y for x, y in zip(times[a], times[b])]
-    low, middle, high = (
-        statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    )
-    return Paired(middle, low, high, statistics.median(times[a]), statistics.median(times[b]), len(ratios))
+    ratios = tuple(x / y for x, y in zip(times[a], times[b]))
+    low, middle, high = quartiles(ratios)
+    medians = statistics.median(times[a]), statistics.median(times[b])
+    return Paired(middle, low, high, *medians, len(ratios), ratios)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile; of one value thrice that."""
+    return tuple(statistics.quantiles(values, n=4, method="inclusive")) if len(values) > 1 else (*values,) * 3
 
 
 def paired_ratio(a: Callable[[], object], b: Callable[[], object], **limits) -> Paired:
