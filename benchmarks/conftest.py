@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 
 from benchmarks.results import record
@@ -53,6 +54,12 @@ def pytest_configure(config):
     keep_pages()
     if not torch.cuda.is_available():
         torch.set_num_threads(config.getoption("--threads"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """The same inputs in every run."""
+    torch.manual_seed(0)
 
 
 def pytest_generate_tests(metafunc):

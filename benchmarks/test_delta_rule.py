@@ -23,7 +23,7 @@ from tests.numerics import assert_close
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 SHAPES = (
-    [(1, 4096, 16, 128), (1, 16384, 16, 128)] if GPU else [(1, 2048, 4, 128), (1, 2048, 16, 64)]
+    [(1, 4096, 16, 128), (1, 16384, 16, 128)] if GPU else [(1, 2048, 4, 128), (1, 1024, 16, 64)]
 )  # B, T, H, D
 CHECKED = (slice(0, 1), slice(0, 100), slice(0, 2))  # rows, tokens, heads
 TOLERANCE = 2e-2 if GPU else 1e-5

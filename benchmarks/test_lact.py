@@ -28,7 +28,7 @@ SHAPES = (
     if GPU
     else [(8, 1024, 128, 512), (1, 1536, 384, 512)]
 )
-CHECKED_ROWS, CHECKED_TOKENS, CHECKED_CHUNK = (2, 100, 32) if GPU else (1, 70, 32)
+CHECKED_ROWS, CHECKED_TOKENS, CHECKED_CHUNK = 2, 100, 32
 BACKEND = "triton" if GPU else "torch"
 
 
