@@ -2,7 +2,8 @@
 
 ``pytest benchmarks/ --benchmark-only --record`` also appends them to ``benchmarks/results/``. A ratio is measured
 in two visits minutes apart (``visit`` in a test's arguments) and taken over the rounds of both: what else a machine
-does comes and goes within seconds to minutes, and two calls do not suffer from it alike. On a CPU one thread is
+does comes and goes within seconds to minutes, and two calls do not suffer from it alike. (PyTorch's chunked loss,
+many times slower than the rest, has one.) On a CPU one thread is
 used unless ``--threads`` says otherwise: with every core of a shared machine in use, ratios of two runs lay further
 apart.
 """
@@ -52,8 +53,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     keep_pages()
+    if (threads := config.getoption("--threads")) < 1:
+        raise pytest.UsageError(f"--threads must be at least 1, got {threads}")
     if not torch.cuda.is_available():
-        torch.set_num_threads(config.getoption("--threads"))
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
