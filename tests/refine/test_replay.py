@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from refine import RefineConfig, refine_step
-from refine.method.rollout import _sample, sample_rollouts
+from refine.method.sampling import _sample, sample_rollouts
 from refine.models import replay as replay_module
 from refine.models.head import HiddenOnly
 from refine.models.replay import replay
