@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from refine import RefineConfig, refine_step
 from refine.method import Sequences, next_token_loss
 from refine.training.parallel import clip_gradients, full_weights, join_world, unwrap, wrap
-from tests.numerics import assert_close, relative_error
+from tests.numerics import assert_gradients_close, relative_error
 from tests.refine.tiny import FAMILIES, VOCABULARY, ragged_batch, tiny_model
 
 CONFIG = RefineConfig(num_chunks=5, rollout_length=4, reward="hybrid", lambda_rl=1.0)
@@ -177,8 +177,7 @@ def check(found, expected, case) -> None:
         whole = [torch.cat([g[n].flatten() for n in right]) for g in (gradients, right)]
         assert 0 < relative_error(*whole) < 2e-2
         return
-    for n, grad in right.items():
-        assert_close(gradients[n], grad, 1e-5, n)
+    assert_gradients_close(gradients, right, 1e-5)
 
 
 @pytest.mark.parametrize("case", FAST, ids=name)

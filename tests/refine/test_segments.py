@@ -18,7 +18,7 @@ from refine.method import ContextParallel, Sequences, next_token_loss
 from refine.method.one_pass import OnePass
 from refine.method.segmented_pass import SegmentedPass, segment_borders
 from refine.method.selection import select_positions
-from tests.numerics import assert_close
+from tests.numerics import assert_close, assert_gradients_close
 from tests.refine.tiny import FAMILIES, ragged_batch, tiny_model
 
 CONFIG = RefineConfig(num_chunks=5, rollout_length=4, num_rollouts=2)
@@ -81,9 +81,7 @@ def test_segments_give_the_gradient_of_one_pass(family, kind, length, dtype):
     expected = gradients(model, loss)
     segmented, also = in_segments(model, kind, positions, length)
     assert_close(segmented, loss, TOLERANCE[dtype], "loss")
-    got = gradients(model, segmented)
-    for name, grad in expected.items():
-        assert_close(got[name], grad, TOLERANCE[dtype], name)
+    assert_gradients_close(gradients(model, segmented), expected, TOLERANCE[dtype])
     if found is not None:
         for (entropy, drawn_at, branches), right in [(also, found)]:
             assert torch.equal(drawn_at, right[1])
@@ -119,9 +117,8 @@ def test_segments_work_with_gradient_checkpointing_and_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = in_segments(model, "sft", None, 128)
     rounded = gradients(model, loss)  # outside autocast, as a trainer calls it
-    for name, grad in expected.items():
-        assert_close(got[name], grad, 1e-6, name)
-        assert_close(rounded[name], grad, 0.2, name)
+    assert_gradients_close(got, expected, 1e-6)
+    assert_gradients_close(rounded, expected, 0.2)
 
 
 def test_without_a_gradient_nothing_is_attached():
@@ -183,8 +180,7 @@ def check_chain(size: int, cases: list, tmp_path) -> None:
             model = tiny_model(family, torch.float32, initializer_range=0.15)
             right, _ = in_one_pass(model, kind, None)
             assert loss == pytest.approx(right.item(), rel=1e-5)
-            for name, grad in gradients(model, right).items():
-                assert_close(got[name], grad, 1e-5, f"{family}, {kind}, {name}")
+            assert_gradients_close(got, gradients(model, right), 1e-5, f"{family}, {kind}")
 
 
 def test_two_processes_share_a_document(tmp_path):
