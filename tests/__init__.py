@@ -1,5 +1,5 @@
-"""The tests. ``REFINE_TEST_SEED_SHIFT=n`` shifts every seed that is set by ``torch.manual_seed``, so that the inputs
-of all tests change; in processes that a test starts, too, which is why this is done here.
+"""The tests. ``REFINE_TEST_SEED_SHIFT=n`` shifts every seed that ``torch.manual_seed`` sets, so that the inputs of
+all tests change; in processes that a test starts, too, which is why this is done here.
 """
 
 import os

@@ -105,7 +105,7 @@ def test_a_part_that_is_no_function_is_named():
 
 def test_models_of_another_kind_are_refused():
     with pytest.raises(
-        TypeError, match="refine_step needs a fast-weight model of this package .* got Linear"
+        TypeError, match=r"refine_step needs a fast-weight model of this package .* got Linear"
     ):
         refine_step(torch.nn.Linear(2, 2), torch.zeros(1, 200, dtype=torch.int64), RefineConfig())
 

@@ -1,6 +1,8 @@
-"""Where the sequences of a batch lie: padding on either side, packed rows, and that the step does not depend on it."""
+"""Where the sequences of a batch lie (padding on either side, packed rows), and that no number depends on it."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
@@ -45,7 +47,7 @@ def test_packed_and_padded_rows_hold_the_same_sequences(lengths, seed):
     packed = Sequences.of(ids, cu_seqlens=cu_seqlens)
     padded = packed.padded()
     assert packed.lengths.tolist() == padded.lengths.tolist() == lengths
-    for s, (begin, end) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:])):
+    for s, (begin, end) in enumerate(itertools.pairwise(cu_seqlens)):
         assert torch.equal(padded.input_ids[s, : lengths[s]], ids[0, begin:end])
     assert torch.equal(packed.in_rows(padded.input_ids), ids)
     positions = torch.stack([torch.tensor([0, length - 1]) for length in lengths])
