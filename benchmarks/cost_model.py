@@ -1,4 +1,4 @@
-"""The step on paper: FLOPs, bytes and GPU hours of SFT, of REFINE with a shared prefix, and of full-prefix recomputation.
+"""A step counted: FLOPs, bytes and GPU hours of SFT and of REFINE, with a shared prefix and with full prefixes.
 
 ``python -m benchmarks.cost_model`` prints the tables; ``--check`` sets the counted ratios beside the measured ones
 in ``benchmarks/results/``. Everything here is counted, nothing is timed: a multiply-add is two FLOPs, a backward

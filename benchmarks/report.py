@@ -92,7 +92,7 @@ def _step(name: str, path: str, contents: dict) -> str:
     if "uncached_generation" in table:
         extra = table["uncached_generation"]["ratio"]
         lines += [
-            "Full-prefix recomputation samples each of the c k tokens by reading the whole prefix again, as the public code "
+            "The public code samples each of the c k tokens by reading the whole prefix again, as it "
             f"has no state to go on from: {extra:.1f} SFT steps more, measured; the "
             f"{table['per_prefix']['ratio']:.1f} above sample with our cache.",
             "",
@@ -103,7 +103,8 @@ def _step(name: str, path: str, contents: dict) -> str:
 def _large(found: dict[str, tuple[str, dict]]) -> str:
     """The largest models that were measured, one length each."""
     lines = [
-        "| larger models, c = 8, k = 5, gradient checkpointing | T | REFINE / SFT | full-prefix recomputation / SFT "
+        "| larger models, c = 8, k = 5, gradient checkpointing | T | REFINE / SFT "
+        "| full-prefix recomputation / SFT "
         "| peak memory of a step, SFT and REFINE, MB | an SFT step, s |",
         "|---|---|---|---|---|---|",
     ]

@@ -39,8 +39,8 @@ MODELS = {
         {"num_attn_heads": 4, "num_lact_heads": 2, "lact_chunk_size": 512, "window_size": 512},
     ),
 }
-# One length and full-prefix recomputation beside it, with gradient checkpointing: without it, 16K tokens' activations of the
-# smaller one are 19 GB in float32.
+# One length and full-prefix recomputation beside it, with gradient checkpointing: without it, 16K tokens' activations
+# of the smaller one are 19 GB in float32.
 LARGE = {
     "delta_net-110m": (
         "DeltaNet, hidden 768, 12 layers, 6 heads of 128",
@@ -134,7 +134,7 @@ def _status(name: str) -> int:
 def uncached_generation(tokens: int, model: str, chunks: int = 8, length: int = 5) -> Callable[[], None]:
     """What sampling costs without a cache: the whole prefix again for each of c x k tokens (no gradient).
 
-    The public code generates so with LaCT, whose state it cannot keep; full-prefix recomputation pays it in addition to what
+    The public code generates so with LaCT, whose state it cannot keep: it pays this in addition to what
     ``per_prefix`` does here.
     """
     net = model_of_the_table(model)
@@ -182,7 +182,7 @@ def measure(pairs: int, model: str = "delta_net") -> dict:
 
 
 def measure_large(pairs: int, model: str, tokens: int, per_prefix: bool) -> dict:
-    """The ratio at one length; full-prefix recomputation once, if asked for; memory of each. Warm-up at 512 tokens."""
+    """The ratio at one length; full prefixes once, if asked for; memory of each. Warm-up at 512 tokens."""
     for way in steps(512, model=model).values():
         way()
     at = steps(tokens, model=model)

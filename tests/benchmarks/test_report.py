@@ -1,4 +1,4 @@
-"""What the benchmarks say of themselves: counts against PyTorch's own, and a page of results drawn from files alone."""
+"""What the benchmarks say of themselves: counts against PyTorch's own, a page of results drawn from files alone."""
 
 from __future__ import annotations
 
