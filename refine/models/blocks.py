@@ -57,17 +57,23 @@ class ShortConvolution(nn.Module):
         x: torch.Tensor,  # [B, T, D]
         tail: torch.Tensor | None = None,  # [B, W-1, D]
     ) -> torch.Tensor:  # [B, T, D]
-        if tail is not None:
-            return self._convolve(torch.cat([tail.to(x.dtype), x], dim=1))[:, self.width - 1 :]
-        return self._convolve(x)
+        return causal_convolution(x, self.weight.squeeze(1), tail)
 
-    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.squeeze(1).to(x.dtype)
-        if x.device.type == "cuda":
-            from fla.modules.convolution import causal_conv1d
 
-            return causal_conv1d(x, weight, activation="silu")[0]
-        return _ConvolutionSiLU.apply(x, weight)
+def causal_convolution(
+    x: torch.Tensor,  # [B, T, D]
+    weight: torch.Tensor,  # [D, W]
+    tail: torch.Tensor | None = None,  # [B, W-1, D], what came before the first token
+) -> torch.Tensor:  # [B, T, D]
+    """The function of :class:`ShortConvolution`."""
+    if tail is not None:
+        return causal_convolution(torch.cat([tail.to(x.dtype), x], dim=1), weight)[:, tail.shape[1] :]
+    weight = weight.to(x.dtype)
+    if x.device.type == "cuda":
+        from fla.modules.convolution import causal_conv1d
+
+        return causal_conv1d(x, weight, activation="silu")[0]
+    return _ConvolutionSiLU.apply(x, weight)
 
 
 class _ConvolutionSiLU(torch.autograd.Function):
