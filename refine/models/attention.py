@@ -106,8 +106,8 @@ class FullAttention(nn.Module):
             )
         trace = None
         if state_stride is not None:
-            after = after.settle()
-            trace = AttentionTrace(after.keys, after.values, positions[:, 0].expand(len(x)))
+            whole = after.settle()
+            trace = AttentionTrace(whole.keys, whole.values, positions[:, 0].expand(len(x)))
         if not use_cache:
             after = None
         elif lengths is not None:

@@ -1,7 +1,7 @@
 """What a full-attention layer remembers, and how branches share it.
 
-Keys and values of P sequences lie in blocks, one after the other; column j holds the token at position j. A state is
-a place in them: a row, the number of its tokens read, and the few tokens read since, which the state owns. So a
+Keys and values of P sequences lie in blocks, one after the other; column j holds the token at position j. A state
+is a place in them: a row, the number of its tokens read, and the few tokens read since, which the state owns. So a
 branch copies nothing of the prefix: it owns 2 G d numbers per token and layer (G key/value heads of size d), five
 tokens of Qwen3.5-0.8B 123 kB over its six attention layers in float32.
 

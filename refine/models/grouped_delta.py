@@ -3,8 +3,8 @@ queries, keys and values together, an output norm with a gate.
 
 ``S_t = a_t S_{t-1} + k_t (beta_t (v_t - a_t S_{t-1}^T k_t))^T`` a value head, with
 ``log a_t = -exp(A_log) * softplus(a(x_t) + dt_bias)`` and ``beta_t = sigmoid(b(x_t))`` (times 2 where negative
-eigenvalues are allowed). What a layer keeps of a sequence is as in DeltaNet: the fast weights and the last inputs of
-the convolution. The families differ in how the projections are named and packed.
+eigenvalues are allowed). What a layer keeps of a sequence is as in DeltaNet: the fast weights and the last inputs
+of the convolution. The families differ in how the projections are named and packed.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class ZeroCentredRMSNorm(RMSNorm):
 
 
 class HybridBlock(GradientCheckpointingLayer):
-    """``h += mixer(norm(h))``, then ``h += mlp(norm(h))``; or, with ``post_norm``, ``h += norm(mixer(h))`` and so on.
+    """``h += mixer(norm(h))``, then ``h += mlp(norm(h))``; or, with ``post_norm``, ``h += norm(mixer(h))`` ...
 
     The mixer is called as its checkpoints call it: ``linear_attn`` or ``self_attn``.
     """
