@@ -3,10 +3,9 @@
 from refine.models.delta_net import DeltaNetConfig, DeltaNetForCausalLM
 from refine.models.gated_delta_net import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 from refine.models.lact import LaCTConfig, LaCTForCausalLM
-from refine.models.loading import MODELS, load_model, new_model, register_auto_classes
+from refine.models.loading import load_model, new_model
+from refine.models.registry import MODELS, register_auto_classes, register_model, registered_class
 from refine.models.state import FastWeightState, StateTrace
-
-register_auto_classes()
 
 __all__ = [
     "MODELS",
@@ -20,4 +19,7 @@ __all__ = [
     "StateTrace",
     "load_model",
     "new_model",
+    "register_auto_classes",
+    "register_model",
+    "registered_class",
 ]
