@@ -2,9 +2,9 @@
 
 transformers runs the gated delta rule of Qwen3-Next, Qwen3.5 and OLMo-hybrid through flash-linear-attention where
 that is installed, which needs a GPU, and through a plain PyTorch reference where it is not. Both are module-level
-functions that the layers' ``forward`` looks up by name. Here a layer gets a class of its own whose ``forward`` is the
-same code with other functions under those names: no code is repeated, other models in the process stay as they are,
-and taking the class away again undoes it.
+functions that the layers' ``forward`` looks up by name. Here a layer gets a class of its own whose ``forward`` is
+the same code with other functions under those names: no code is repeated, other models in the process stay as they
+are, and taking the class away again undoes it.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def accelerate_transformers(model: Model, *, undo: bool = False) -> Model:
                 module.__class__ = faster
     if not found:
         raise ValueError(
-            f"accelerate_transformers: {type(model).__name__} has no gated-delta layer of transformers' Qwen3-Next, "
-            "Qwen3.5, Qwen3.5-MoE or OLMo-hybrid models"
+            f"accelerate_transformers: {type(model).__name__} has no gated-delta layer of transformers' "
+            "Qwen3-Next, Qwen3.5, Qwen3.5-MoE or OLMo-hybrid models"
         )
     return model
 
@@ -93,7 +93,7 @@ def _rebound(function: FunctionType, names: dict) -> FunctionType | None:
     return functools.update_wrapper(new, function)
 
 
-# ---- under transformers' names and with its arguments; what chooses a kernel of another package changes nothing here
+# ---- with transformers' names and arguments; those that choose a kernel of another package have no effect
 
 
 def _chunk_rule(
@@ -134,6 +134,11 @@ def _per_value_head(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 def _convolution(theirs, hidden_states, weight, bias=None, activation=None, **kwargs):
     """[B, D, T], [D, W] -> [B, D, T]."""
     packed = any(kwargs.get(name) is not None for name in ("seq_idx", "cu_seqlens", "cu_seq_lens_q"))
-    if bias is not None or activation not in ("silu", "swish") or packed or hidden_states.device.type != "cpu":
+    if (
+        bias is not None
+        or activation not in ("silu", "swish")
+        or packed
+        or hidden_states.device.type != "cpu"
+    ):
         return theirs(hidden_states, weight, bias, activation=activation, **kwargs)
     return causal_convolution(hidden_states.transpose(1, 2), weight).transpose(1, 2)

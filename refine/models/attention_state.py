@@ -12,6 +12,7 @@ document share them, which keeps the memory of a document read in segments linea
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -29,6 +30,9 @@ class AttentionState:
     read: torch.Tensor | None = None  # [N] tokens of the blocks that were read; None: all
     own_k: torch.Tensor | None = None  # [N, G, S, d], read since
     own_v: torch.Tensor | None = None  # [N, G, S, d]
+
+    fixed_size: ClassVar[bool] = False
+    graph_capturable: ClassVar[bool] = False  # rows are grouped by their sequence, whose number is data
 
     def select(self, rows: torch.Tensor) -> AttentionState:
         """The states of ``rows``, sharing this one's blocks."""
@@ -125,11 +129,11 @@ def _appended(blocks: tuple[torch.Tensor, ...], more: torch.Tensor | None) -> tu
 
 @dataclass
 class AttentionTrace:
-    """What a layer keeps of a pass over true sequences: all of it is alive for the backward anyway."""
+    """What a layer keeps of a pass over N true sequences: all of it is alive for the backward anyway."""
 
-    keys: tuple[torch.Tensor, ...]  # blocks [B, G, L_i, d], what was read before the pass included
+    keys: tuple[torch.Tensor, ...]  # blocks [N, G, L_i, d], what was read before the pass included
     values: tuple[torch.Tensor, ...]
-    start: torch.Tensor  # [B] tokens that had been read before the pass
+    start: torch.Tensor  # [N] tokens that had been read before the pass
 
     def gather(self, rows: torch.Tensor, positions: torch.Tensor) -> AttentionState:
         """The state after the first ``positions`` [M] tokens of sequences ``rows`` [M]: a place, no copy."""

@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from refine.models.blocks import GatedRMSNorm, ShortConvolution, causal_convolution
+from refine.models.blocks import GatedRMSNorm, ShortConvolution, causal_convolution, is_loaded, last_inputs
 from refine.models.delta_net import (
     _MAX_VALUE_SIZE,
     _RECURRENT_LENGTH,
     DeltaRuleState,
     DeltaRuleTrace,
-    _last_inputs,
     over_value_blocks,
 )
+from refine.models.layout import PLAIN, BatchLayout
 from refine_kernels import chunk_delta_rule, recurrent_delta_rule
 
 Projections = tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]
@@ -35,10 +35,11 @@ class JointConvolution(ShortConvolution):
     def forward(
         self,
         parts: tuple[torch.Tensor, ...],  # [B, T, D_i] each, the D_i adding up to the channels
-        tails: tuple[torch.Tensor | None, ...],  # [B, W-1, D_i] each
+        tails: tuple[torch.Tensor | None, ...],  # [N, W-1, D_i] each
+        layout: BatchLayout = PLAIN,
     ) -> tuple[torch.Tensor, ...]:  # [B, T, D_i] each
         weights = self.weight.squeeze(1).split([x.shape[-1] for x in parts])
-        return tuple(causal_convolution(*part) for part in zip(parts, weights, tails))
+        return tuple(causal_convolution(*part, layout) for part in zip(parts, weights, tails))
 
 
 class GroupedGatedDelta(nn.Module):
@@ -75,6 +76,11 @@ class GroupedGatedDelta(nn.Module):
         """Output norm with its gate, and projection: [B, T, HV, V] twice -> [B, T, hidden]."""
         return self.out_proj(self.norm(o, gate).flatten(2))
 
+    def reset_own_parameters(self) -> None:
+        """Draw the decay, unless it has been loaded."""
+        if not is_loaded(self.A_log):
+            self.reset_decay()
+
     @torch.no_grad()
     def reset_decay(self) -> None:
         """Draw the decay anew as this family does."""
@@ -85,25 +91,24 @@ class GroupedGatedDelta(nn.Module):
         self,
         x: torch.Tensor,  # [B, T, hidden]
         state: DeltaRuleState | None = None,
-        lengths: torch.Tensor | None = None,  # [B]: only the first tokens of a row are read
+        layout: BatchLayout = PLAIN,
         use_cache: bool = False,
         state_stride: int | None = None,
     ) -> tuple[torch.Tensor, DeltaRuleState | None, DeltaRuleTrace | None]:
         conv_inputs, gate, b, a = self._project(x)
         tails = (None, None, None) if state is None else state.own_tails()
-        q, k, v = self.conv1d(conv_inputs, tails)
+        q, k, v = self.conv1d(conv_inputs, tails, layout)
         q, k = (self._per_value_head(z.unflatten(-1, (self.key_heads, -1))) for z in (q, k))
         v = v.unflatten(-1, (self.value_heads, -1))
         beta = b.sigmoid() if self.beta_scale == 1.0 else b.sigmoid() * self.beta_scale
         log_decay = self._log_decay(a)
-        if lengths is not None:  # padding neither writes nor decays
-            read = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
-            beta, log_decay = beta * read, log_decay * read
+        if (read := layout.is_read(x)) is not None:  # padding neither writes nor decays
+            beta, log_decay = beta * read[..., None], log_decay * read[..., None]
 
         trace = None
         options = {"g": log_decay, "use_qk_l2norm_in_kernel": True}
         few = x.shape[1] <= _RECURRENT_LENGTH and state_stride is None and not torch.is_grad_enabled()
-        if few and self.head_v_dim <= _MAX_VALUE_SIZE:
+        if few and not layout.packed and self.head_v_dim <= _MAX_VALUE_SIZE:
             o, fast_weight = recurrent_delta_rule(
                 q, k, v, beta,
                 initial_state=None if state is None else state.fast_weight,
@@ -114,18 +119,19 @@ class GroupedGatedDelta(nn.Module):
             o, fast_weight, *states = over_value_blocks(
                 chunk_delta_rule, q, k, v, beta,
                 initial_state=None if state is None else state.own_fast_weight(),
-                output_final_state=use_cache, state_stride=state_stride, **options,
+                output_final_state=use_cache, state_stride=state_stride, cu_seqlens=layout.cu_seqlens, **options,
             )  # fmt: skip
             if state_stride is not None:
                 trace = DeltaRuleTrace(
-                    states[0], k, v, beta, log_decay, conv_inputs, tails, state_stride, self.conv_size
-                )
+                    states[0], k, v, beta, log_decay, conv_inputs, tails, state_stride, self.conv_size,
+                    layout.cu_seqlens,
+                )  # fmt: skip
         after = None
         if use_cache:
             count = self.conv_size - 1
             after = DeltaRuleState(
                 fast_weight,
-                tuple(_last_inputs(z, tail, lengths, count) for z, tail in zip(conv_inputs, tails)),
+                tuple(last_inputs(z, tail, layout, count) for z, tail in zip(conv_inputs, tails)),
             )
         return self._merge(o, gate), after, trace
 

@@ -5,273 +5,354 @@ parameter names, so that their checkpoints load and save as they are. ``layer_ty
 state of such a model is the fast weights of its delta layers and a place in the keys and values of its attention
 layers, so rollouts branch without a copy of their prefix.
 
-Everything that differs from family to family is in its subclass of :class:`HybridForCausalLM`.
+What differs from family to family is in its body's ``mixers``, norms and MLP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import ClassVar
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import OlmoHybridConfig, PretrainedConfig, PreTrainedModel, Qwen3NextConfig
+from transformers import OlmoHybridConfig as TransformersOlmoHybridConfig
+from transformers import Qwen3NextConfig as TransformersQwen3NextConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
-from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig
-
-from refine.models.attention import FullAttention, Rotary
-from refine.models.blocks import GatedMLP, RMSNorm
-from refine.models.causal_lm import FastWeightForCausalLM
-from refine.models.grouped_delta import (
-    GroupedGatedDelta,
-    OlmoHybridGatedDelta,
-    Qwen3_5GatedDelta,
-    Qwen3NextGatedDelta,
+from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig as TransformersQwen3_5Config
+from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import (
+    Qwen3_5MoeTextConfig as TransformersQwen3_5MoeConfig,
 )
 
-LAYER_TYPES = ("linear_attention", "full_attention")
+from refine.models.attention import OlmoHybridAttention, QwenAttention
+from refine.models.blocks import GatedMLP, RMSNorm, ZeroCentredRMSNorm, is_loaded
+from refine.models.body import FastWeightModel
+from refine.models.causal_lm import FastWeightForCausalLM
+from refine.models.config import _TRANSFORMERS_KEYS, FastWeightConfig
+from refine.models.grouped_delta import OlmoHybridGatedDelta, Qwen3_5GatedDelta, Qwen3NextGatedDelta
+from refine.models.layout import BatchLayout
+from refine.models.registry import register_model
+
+# ---- configurations: transformers' own, with what this project asks of one
 
 
-class ZeroCentredRMSNorm(RMSNorm):
-    """``x / rms(x) * (1 + weight)`` over the last dimension, in float32 at least."""
+class HybridConfig:
+    """Mixed into a configuration of transformers; what is in ``config.json`` stays as it was."""
 
-    def __init__(self, size: int, eps: float = 1e-6):
-        super().__init__(size, eps)
-        nn.init.zeros_(self.weight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        exact = torch.promote_types(x.dtype, torch.float32)
-        weight = 1.0 + self.weight.to(exact)
-        if x.device.type == "cuda":
-            from fla.modules.layernorm import rms_norm
-
-            return rms_norm(x, weight, None, eps=self.eps)
-        return F.rms_norm(x.to(exact), weight.shape, weight, self.eps).to(x.dtype)
-
-
-class HybridBlock(GradientCheckpointingLayer):
-    """``h += mixer(norm(h))``, then ``h += mlp(norm(h))``; or, with ``post_norm``, ``h += norm(mixer(h))`` ...
-
-    The mixer is called as its checkpoints call it: ``linear_attn`` or ``self_attn``.
-    """
-
-    def __init__(
-        self, layer_type: str, mixer: nn.Module, mlp: nn.Module, norms: Iterable[nn.Module], post_norm: bool
-    ):
-        super().__init__()
-        self.mixer_name = "linear_attn" if layer_type == "linear_attention" else "self_attn"
-        self.add_module(self.mixer_name, mixer)
-        self.mlp = mlp
-        self.norm_names = (
-            ("post_attention_layernorm", "post_feedforward_layernorm")
-            if post_norm
-            else ("input_layernorm", "post_attention_layernorm")
-        )
-        for name, norm in zip(self.norm_names, norms):
-            self.add_module(name, norm)
-        self.post_norm = post_norm
-
-    def forward(self, hidden, state=None, lengths=None, keep_state=False, state_stride=None):
-        mixer = getattr(self, self.mixer_name)
-        first, second = (getattr(self, name) for name in self.norm_names)
-        before, after = (_as_it_is, first) if self.post_norm else (first, _as_it_is)
-        mixed, new_state, trace = mixer(before(hidden), state, lengths, keep_state, state_stride)
-        hidden = hidden + after(mixed)
-        before, after = (_as_it_is, second) if self.post_norm else (second, _as_it_is)
-        return hidden + after(self.mlp(before(hidden))), new_state, trace
-
-
-def _as_it_is(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
-class HybridModel(nn.Module):
-    """Embeddings, blocks, final norm."""
-
-    def __init__(self, config: PretrainedConfig, blocks: Iterable[HybridBlock], norm: nn.Module):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(blocks)
-        self.norm = norm
-
-    @property
-    def embeddings(self) -> nn.Embedding:
-        """The token embeddings."""
-        return self.embed_tokens
-
-    def forward(self, inputs_embeds, state=None, lengths=None, keep_state=False, state_stride=None):
-        hidden, states, traces = inputs_embeds, [], []
-        for i, layer in enumerate(self.layers):
-            layer_state = None if state is None else state.layers[i]
-            hidden, new_state, trace = layer(hidden, layer_state, lengths, keep_state, state_stride)
-            states.append(new_state)
-            traces.append(trace)
-        return self.norm(hidden), states, traces
-
-
-class HybridForCausalLM(FastWeightForCausalLM):
-    """A hybrid language model; a family's subclass says what its layers are made of."""
-
-    config_class: type[PretrainedConfig]
-    delta_class: type[GroupedGatedDelta]
-    norm_class: type[RMSNorm] = ZeroCentredRMSNorm
-    # key -> the values that this project implements; another would load and silently be another model
     only_implemented: ClassVar[dict[str, tuple]] = {
         "hidden_act": ("silu", "swish"),
-        "attention_dropout": (0, 0.0, None),
+        "attention_dropout": (0, None),
         "output_router_logits": (False, None),
         "quantization_config": (None,),
     }
-    # what published checkpoints hold beside the language model
-    skipped_weights: ClassVar[dict[str, str]] = {
-        "mtp.": "the multi-token-prediction head",
-        "model.visual.": "the vision tower",
-    }
-    _supports_sdpa = True
-    _no_split_modules = ("HybridBlock",)
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
-    def __init__(self, config: PretrainedConfig):
-        PreTrainedModel.__init__(self, config)
-        self._check_config(config)
-        blocks = (self._block(config, i, kind) for i, kind in enumerate(config.layer_types))
-        self.model = HybridModel(config, blocks, self._norm(config))
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @classmethod
-    def _check_config(cls, config: PretrainedConfig) -> None:
-        if getattr(config, "quantization_config", None) is not None:
-            raise ValueError(
-                f"{config.model_type}: the checkpoint's weights are quantised (quantization_config); "
-                "load one in bfloat16, float16 or float32"
-            )
-        for key, implemented in cls.only_implemented.items():
-            value = getattr(config, key, None)
-            if hasattr(config, key) and value not in implemented:
-                allowed = " or ".join(repr(x) for x in implemented if x is not None)
+    def __init__(self, **settings):
+        for key, implemented in self.only_implemented.items():
+            if settings.get(key) in implemented or key not in settings:
+                continue
+            if key == "quantization_config":
                 raise ValueError(
-                    f"{config.model_type} config: {key}={value!r} is not implemented, only {allowed} is"
+                    f"{self.model_type}: the checkpoint's weights are quantised (quantization_config); take one in "
+                    "bfloat16, float16 or float32"
                 )
-        if len(config.layer_types) != config.num_hidden_layers:
+            allowed = " or ".join(repr(value) for value in implemented if value is not None)
             raise ValueError(
-                f"{config.model_type} config: layer_types names {len(config.layer_types)} layers, "
-                f"num_hidden_layers is {config.num_hidden_layers}"
+                f"{self.model_type} config: {key}={settings[key]!r} is not implemented, only {allowed} is"
             )
-        for i, kind in enumerate(config.layer_types):
+        for i, kind in enumerate(settings.get("layer_types") or ()):
             if kind not in LAYER_TYPES:
                 raise ValueError(
-                    f"{config.model_type} config: layer type {kind!r} (layer {i}) is not implemented, "
-                    f"only {' and '.join(LAYER_TYPES)} are"
+                    f"{self.model_type}: layer_types[{i}] must be one of {', '.join(LAYER_TYPES)}, got {kind!r}"
                 )
-
-    def _norm(self, config: PretrainedConfig, size: int | None = None) -> nn.Module:
-        return self.norm_class(config.hidden_size if size is None else size, config.rms_norm_eps)
-
-    def _block(self, config: PretrainedConfig, index: int, layer_type: str) -> HybridBlock:
-        attends = layer_type == "full_attention"
-        mixer = self._attention(config) if attends else self.delta_class(config)
-        norms = (self._norm(config), self._norm(config))
-        return HybridBlock(layer_type, mixer, self._mlp(config, index), norms, post_norm=False)
-
-    def _attention(self, config: PretrainedConfig) -> FullAttention:
-        """Norms over each head, rotary positions on a part of it, an output gate."""
-        head_dim = config.head_dim
-        rotary = Rotary(int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)), config)
-        return FullAttention(
-            config, self._norm(config, head_dim), self._norm(config, head_dim), rotary, gated=True
-        )
-
-    def _mlp(self, config: PretrainedConfig, index: int) -> nn.Module:
-        return GatedMLP(config.hidden_size, config.intermediate_size)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ZeroCentredRMSNorm):
-            if not getattr(module.weight, "_is_hf_initialized", False):
-                nn.init.zeros_(module.weight)
-        elif type(module).__module__.startswith("transformers."):  # the parts of a mixture of experts
-            for weight in module.parameters(recurse=False):
-                if not getattr(weight, "_is_hf_initialized", False):
-                    nn.init.normal_(weight, std=self.config.initializer_range)
-        else:
-            super()._init_weights(module)
+        try:
+            super().__init__(**settings)
+        except StrictDataclassError as error:
+            raise ValueError(f"{self.model_type} config: {error}") from error
 
     @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return True  # transformers looks for a decorator in this file; its own expert modules carry it
+    def settings(cls) -> frozenset[str]:
+        """Names that this configuration takes."""
+        own = (field.name for field in dataclasses.fields(cls))
+        return (
+            frozenset(own)
+            | {"full_attention_interval", "partial_rotary_factor", "rope_theta"}
+            | _TRANSFORMERS_KEYS
+        )
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The token embeddings."""
-        return self.model.embed_tokens
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Of a dictionary as ``config.json`` holds it; of a multimodal checkpoint's, the language model's part."""
+        if "text_config" in config_dict:
+            outer, inner = config_dict, dict(config_dict["text_config"])
+            own = {field.name for field in dataclasses.fields(cls)} | {"quantization_config"}
+            config_dict = inner | {
+                key: value for key, value in outer.items() if key in own and value is not None
+            }
+            tied = "tie_word_embeddings"
+            config_dict[tied] = bool(outer.get(tied) or inner.get(tied))
+            config_dict["model_type"] = cls.model_type
+        return super().from_dict(config_dict, **kwargs)
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the token embeddings."""
-        self.model.embed_tokens = value
+    check_settings = classmethod(FastWeightConfig.check_settings.__func__)
+
+    @property
+    def mixer_types(self) -> list[str]:
+        """The kind of each layer's token mixer, one name a layer."""
+        return self.layer_types
+
+    @property
+    def norm_eps(self) -> float:
+        """Of the norms on the residual stream."""
+        return self.rms_norm_eps
 
 
-class Qwen3_5ForCausalLM(HybridForCausalLM):
-    """Qwen3.5, dense: the language model alone or the one inside a multimodal checkpoint."""
-
-    config_class = Qwen3_5TextConfig
-    delta_class = Qwen3_5GatedDelta
+LAYER_TYPES = ("full_attention", "linear_attention")
 
 
-class Qwen3_5MoeForCausalLM(HybridForCausalLM):
-    """Qwen3.5 with a mixture of experts in every layer, transformers' own module."""
+class Qwen3_5Config(HybridConfig, TransformersQwen3_5Config):
+    """Of the language model of a dense Qwen3.5."""
 
-    config_class = Qwen3_5MoeTextConfig
-    delta_class = Qwen3_5GatedDelta
 
-    def _mlp(self, config: PretrainedConfig, index: int) -> nn.Module:
+class Qwen3_5MoeConfig(HybridConfig, TransformersQwen3_5MoeConfig):
+    """Of the language model of a Qwen3.5 with a mixture of experts."""
+
+
+class Qwen3NextConfig(HybridConfig, TransformersQwen3NextConfig):
+    """Of a Qwen3-Next."""
+
+
+class OlmoHybridConfig(HybridConfig, TransformersOlmoHybridConfig):
+    """Of an OLMo-hybrid."""
+
+
+# ---- layers
+
+
+class HybridBlock(GradientCheckpointingLayer):
+    """``h += mixer(norm(h))``, then ``h += mlp(norm(h))``; the mixer under the name that checkpoints give it."""
+
+    def __init__(self, config, mixer: nn.Module, layer: int):
+        super().__init__()
+        self.attends = config.mixer_types[layer] == "full_attention"
+        if self.attends:
+            self.self_attn = mixer
+        else:
+            self.linear_attn = mixer
+        self.mlp = self.make_mlp(config, layer)
+        self.input_layernorm = self.norm_class(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = self.norm_class(config.hidden_size, config.norm_eps)
+
+    norm_class: ClassVar[type[RMSNorm]] = ZeroCentredRMSNorm
+
+    def make_mlp(self, config, layer: int) -> nn.Module:
+        """The feed-forward part of one layer."""
+        return GatedMLP(config.hidden_size, config.intermediate_size)
+
+    def mix(self, x: torch.Tensor, *arguments) -> tuple:
+        """The token mixer's output, new state and trace."""
+        return (self.self_attn if self.attends else self.linear_attn)(x, *arguments)
+
+    def forward(self, hidden, state, layout: BatchLayout, keep_state=False, state_stride=None):
+        mixed, *rest = self.mix(self.input_layernorm(hidden), state, layout, keep_state, state_stride)
+        hidden = hidden + mixed
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), *rest
+
+
+class Qwen3_5MoeBlock(HybridBlock):
+    """With transformers' own mixture of experts in every layer."""
+
+    def make_mlp(self, config, layer: int) -> nn.Module:
         from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
 
         return Qwen3_5MoeSparseMoeBlock(config)
 
 
-class Qwen3NextForCausalLM(HybridForCausalLM):
-    """Qwen3-Next: a mixture of experts in the layers that the configuration names, transformers' own module."""
+class Qwen3NextBlock(HybridBlock):
+    """With transformers' own mixture of experts in the layers that the configuration names."""
 
-    config_class = Qwen3NextConfig
-    delta_class = Qwen3NextGatedDelta
-
-    def _mlp(self, config: PretrainedConfig, index: int) -> nn.Module:
-        sparse = config.num_experts > 0 and (index + 1) % config.decoder_sparse_step == 0
-        if index in config.mlp_only_layers or not sparse:
-            return super()._mlp(config, index)
+    def make_mlp(self, config, layer: int) -> nn.Module:
+        sparse = config.num_experts > 0 and (layer + 1) % config.decoder_sparse_step == 0
+        if layer in config.mlp_only_layers or not sparse:
+            return super().make_mlp(config, layer)
         from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextSparseMoeBlock
 
         return Qwen3NextSparseMoeBlock(config)
 
 
-class OlmoHybridForCausalLM(HybridForCausalLM):
-    """OLMo-hybrid: attention layers norm what they add, queries and keys are normed over all heads together, and
-    positions are told only where the configuration has a ``rope_theta``.
-    """
+class OlmoHybridBlock(HybridBlock):
+    """Attention layers norm what they add: ``h += norm(mixer(h))``, then ``h += norm(mlp(h))``."""
 
-    config_class = OlmoHybridConfig
-    delta_class = OlmoHybridGatedDelta
     norm_class = RMSNorm
 
-    def _block(self, config: PretrainedConfig, index: int, layer_type: str) -> HybridBlock:
-        block = super()._block(config, index, layer_type)
-        if layer_type == "linear_attention":
-            return block
-        norms = (self._norm(config), self._norm(config))
-        return HybridBlock(layer_type, block.self_attn, block.mlp, norms, post_norm=True)
+    def __init__(self, config, mixer: nn.Module, layer: int):
+        super().__init__(config, mixer, layer)
+        if self.attends:
+            del self.input_layernorm
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def _attention(self, config: PretrainedConfig) -> FullAttention:
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        told = config.rope_parameters is not None and config.rope_parameters.get("rope_theta") is not None
-        return FullAttention(
-            config,
-            self._norm(config, config.num_attention_heads * head_dim),
-            self._norm(config, config.num_key_value_heads * head_dim),
-            Rotary(head_dim, config) if told else None,
-            gated=False,
-        )
+    def forward(self, hidden, state, layout: BatchLayout, keep_state=False, state_stride=None):
+        if not self.attends:
+            return super().forward(hidden, state, layout, keep_state, state_stride)
+        mixed, *rest = self.mix(hidden, state, layout, keep_state, state_stride)
+        hidden = hidden + self.post_attention_layernorm(mixed)
+        return hidden + self.post_feedforward_layernorm(self.mlp(hidden)), *rest
+
+
+# ---- models
+
+
+class _LoadsAsTransformers:
+    """What body and model share: they read and write checkpoints of transformers' own classes."""
+
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: transformers' renamings of these families' checkpoints apply."""
+        return False
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for a decorator in this file; its own expert modules carry it
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if type(module).__module__.startswith("transformers."):  # the parts of a mixture of experts
+            for weight in module.parameters(recurse=False):
+                if not is_loaded(weight):
+                    nn.init.normal_(weight, std=self.config.initializer_range)
+        else:
+            super()._init_weights(module)
+
+
+class HybridModel(_LoadsAsTransformers, FastWeightModel):
+    """A hybrid without a head."""
+
+    embeddings_name = "embed_tokens"
+    norm_class = ZeroCentredRMSNorm
+    _no_split_modules = ("HybridBlock", "Qwen3_5MoeBlock", "Qwen3NextBlock", "OlmoHybridBlock")
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens.padding_idx = config.pad_token_id  # which gets no gradient
+
+
+class HybridForCausalLM(_LoadsAsTransformers, FastWeightForCausalLM):
+    """A hybrid with a language-model head. See :class:`FastWeightForCausalLM` for what ``forward`` takes."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _no_split_modules = HybridModel._no_split_modules
+    skipped_weights: ClassVar[dict[str, str]] = {
+        "mtp.": "the multi-token-prediction head",
+        "model.visual.": "the vision tower",
+    }
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As ``transformers`` does it, under the names of the family's checkpoints.
+
+        Raises:
+            ValueError: the folder holds the checkpoint that this model was loaded from, and that has parts which
+                are not in this model and would be lost.
+        """
+        if self.left_in_checkpoint is not None:
+            origin, parts = self.left_in_checkpoint
+            if Path(origin).resolve() == Path(save_directory).resolve():
+                raise ValueError(
+                    f"save_directory {str(save_directory)!r} holds the checkpoint that was loaded, with {parts}, "
+                    "which would be lost: save to another folder"
+                )
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class Qwen3_5TextModel(HybridModel):
+    """Qwen3.5, dense, without a head."""
+
+    config_class = Qwen3_5Config
+    mixers: ClassVar = {"linear_attention": Qwen3_5GatedDelta, "full_attention": QwenAttention}
+    block_class = HybridBlock
+
+
+class Qwen3_5MoeTextModel(HybridModel):
+    """Qwen3.5 with a mixture of experts, without a head."""
+
+    config_class = Qwen3_5MoeConfig
+    mixers: ClassVar = {"linear_attention": Qwen3_5GatedDelta, "full_attention": QwenAttention}
+    block_class = Qwen3_5MoeBlock
+
+
+class Qwen3NextModel(HybridModel):
+    """Qwen3-Next without a head."""
+
+    config_class = Qwen3NextConfig
+    mixers: ClassVar = {"linear_attention": Qwen3NextGatedDelta, "full_attention": QwenAttention}
+    block_class = Qwen3NextBlock
+
+
+class OlmoHybridModel(HybridModel):
+    """OLMo-hybrid without a head."""
+
+    config_class = OlmoHybridConfig
+    mixers: ClassVar = {"linear_attention": OlmoHybridGatedDelta, "full_attention": OlmoHybridAttention}
+    block_class = OlmoHybridBlock
+    norm_class = RMSNorm
+
+
+_TINY: dict[str, Any] = {
+    "hidden_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 512,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 48,
+    "linear_value_head_dim": 48,
+    "tie_word_embeddings": True,
+}
+_TINY_EXPERTS: dict[str, Any] = _TINY | {
+    "head_dim": 64,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+}
+
+
+@register_model(tiny=_TINY | {"head_dim": 64}, model_types=("qwen3_5_text", "qwen3_5"), auto=False)
+class Qwen3_5ForCausalLM(HybridForCausalLM):
+    """Qwen3.5, dense: a language model alone, or the one inside a multimodal checkpoint."""
+
+    config_class = Qwen3_5Config
+    body_class = Qwen3_5TextModel
+
+
+@register_model(
+    tiny={key: value for key, value in _TINY_EXPERTS.items() if key != "intermediate_size"},
+    model_types=("qwen3_5_moe_text", "qwen3_5_moe"),
+    auto=False,
+)
+class Qwen3_5MoeForCausalLM(HybridForCausalLM):
+    """Qwen3.5 with a mixture of experts: a language model alone, or the one inside a multimodal checkpoint."""
+
+    config_class = Qwen3_5MoeConfig
+    body_class = Qwen3_5MoeTextModel
+
+
+@register_model(tiny=_TINY_EXPERTS, auto=False)
+class Qwen3NextForCausalLM(HybridForCausalLM):
+    """Qwen3-Next."""
+
+    config_class = Qwen3NextConfig
+    body_class = Qwen3NextModel
+
+
+@register_model(tiny=_TINY, auto=False)
+class OlmoHybridForCausalLM(HybridForCausalLM):
+    """OLMo-hybrid."""
+
+    config_class = OlmoHybridConfig
+    body_class = OlmoHybridModel
 
 
 HYBRIDS: dict[str, type[HybridForCausalLM]] = {

@@ -99,7 +99,7 @@ class _PrefixAttention(torch.autograd.Function):
         return d_q, own_d_k[0], own_d_v[0], None, None, None, None, *d_keys, *d_values
 
 
-# ---- queries as rows of a score matrix: [X, G, M, d], M = (row of a group, token, head of a group of heads) -----
+# ---- queries as rows of a score matrix: [X, G, M, d], M = (row of a group, token, head of a group of heads)
 
 
 def _fold(x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -138,7 +138,7 @@ def _unfold_own(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return _unfold(x, 1, q.shape[2])[:, 0]
 
 
-# ---- tiles -------------------------------------------------------------------------------------------------------
+# ---- tiles
 
 
 def _row_blocks(count: int) -> Iterator[slice]:
