@@ -24,9 +24,14 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
 
     Attributes:
         body_class: what turns tokens into hidden states; ``model.model`` is one.
+        skipped_weights: prefix of names -> what it is, for parts of checkpoints beside the language model, which
+            are not loaded.
+        left_in_checkpoint: (where it was loaded from, the parts that were not loaded), where there are any.
     """
 
     body_class: ClassVar[type[FastWeightModel]]
+    skipped_weights: ClassVar[dict[str, str]] = {}
+    left_in_checkpoint: tuple[str, str] | None = None
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
     accepts_loss_kwargs = True  # a Trainer may hand over num_items_in_batch
 
