@@ -8,11 +8,12 @@ read once and continued n times has the sum of the n gradients.
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from refine.method.reading import check_model
@@ -106,7 +107,7 @@ def read_prompts(
     ids, mask = (torch.nn.functional.pad(x, (0, longest - ids.shape[1])) for x in (ids, mask.long()))
     borders = segment_borders(longest, segment_length)
 
-    def read(state: FastWeightState | None, start: int, end: int):
+    def read(model, state: FastWeightState | None, start: int, end: int):
         output = model(
             ids[:, start:end],
             attention_mask=mask[:, start:end],
@@ -118,7 +119,7 @@ def read_prompts(
         return output.past_key_values, output.last_hidden_state[rows, last]
 
     state, context = None, None
-    for start, end in zip(borders, borders[1:]):
+    for start, end in itertools.pairwise(borders):
         state, at_end = run_again_in_backward(model, read, state, start, end)
         context = at_end if context is None else torch.where((lengths > start)[:, None], at_end, context)
     return ReadPrompts(state, context)
@@ -143,7 +144,7 @@ def score_branches(
         raise ValueError(f"max_branches must be a whole number of at least 1 or None, got {max_branches!r}")
     branches, width = tokens.shape
 
-    def score(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def score(model, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         length = lengths[rows]
         longest = int(length.max())
         counted = torch.arange(longest, device=tokens.device) < length[:, None]  # [m, longest]
@@ -160,7 +161,7 @@ def score_branches(
         return tuple(torch.nn.functional.pad(x, (0, width - longest)) for x in found)
 
     if max_branches is None or branches <= max_branches:
-        found = score(torch.arange(branches, device=tokens.device))
+        found = score(model, torch.arange(branches, device=tokens.device))
     else:
         order = lengths.argsort(stable=True)
         parts = [run_again_in_backward(model, score, rows) for rows in order.split(max_branches)]
@@ -170,18 +171,18 @@ def score_branches(
 
 
 def run_again_in_backward(model: torch.nn.Module, function: Callable, *arguments):
-    """``function(*arguments)``, whose activations are not kept but computed again in the backward.
+    """``function(model, *arguments)``, whose activations are not kept but computed again in the backward.
 
-    Calls of the model in the backward are no new steps to DDP, which would wait for gradients anew.
+    DDP takes each of its forward calls for a new step, which must not begin inside a backward: the second run calls
+    the module in it.
     """
+    first = iter([model])
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
 
-    def contexts():
-        again = model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext()
-        return contextlib.nullcontext(), again
+    def run(*arguments):
+        return function(next(first, bare), *arguments)
 
-    return checkpoint(
-        function, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-    )
+    return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def completion_lengths(

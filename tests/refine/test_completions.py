@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from refine.method.completions import branch_logprobs
+from refine import branch_logprobs, generate_group
 from tests.numerics import assert_close, assert_gradients_close
 from tests.refine.tiny import FAMILIES, VOCABULARY, tiny_model
 
@@ -93,3 +93,164 @@ def test_batches_of_branches_and_segments_change_nothing(family, max_branches, s
     model = tiny_model(family, torch.float64, initializer_range=0.15)
     group = make_group((230, 64, 30), 2, 7)
     compare(model, group, 1e-10, max_branches=max_branches, segment_length=segment_length)
+
+
+def test_memory_is_that_of_a_batch_of_branches_and_of_a_segment():
+    """Bytes kept for the backward: 8 completions of 60 tokens, 1 at a time; a prompt of 640 tokens by 64."""
+    model = tiny_model()
+    few, long = make_group((20,), 8, 60, "none"), make_group((640,), 1, 1, "none")
+
+    def kept(group, **options) -> int:
+        found = {}
+
+        def note(x: torch.Tensor) -> torch.Tensor:
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            result = branch_logprobs(model, *group, **options)
+        assert result.logprobs.requires_grad
+        return sum(found.values())
+
+    assert kept(few, max_branches=1) < 0.3 * kept(few)
+    assert kept(long, segment_length=64) < 0.3 * kept(long)
+
+
+# ---- samples ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampler_and_trainer_agree(family):
+    """The KL divergence between them before the first update, in float32; LaCT's chunks end on the way."""
+    model = tiny_model(family, torch.float32, initializer_range=0.15)
+    ids, mask, *_ = make_group((70, 41, 64), 1, 1)
+    drawn = generate_group(model, ids, 4, prompt_mask=mask, max_new_tokens=50, temperature=0.7, stop_ids=[3])
+    assert 0 < drawn.completion_mask[..., -1].sum() < 12  # ragged
+    scored = branch_logprobs(model, ids, mask, drawn.completion_ids, drawn.completion_mask, temperature=0.7)
+    counted = drawn.completion_mask.bool()
+    ratio = (scored.logprobs - drawn.logprobs)[counted]
+    assert (ratio.exp() - 1 - ratio).mean() < 1e-6
+    assert ratio.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_samples_do_not_depend_on_the_batch(family):
+    """A prompt by itself, and from a batch with another kind of padding, whatever else ends when."""
+    model = tiny_model(family, torch.float64)
+    ids, mask, *_ = make_group((40, 21), 1, 1, "left")
+    options = {"max_new_tokens": 30, "stop_ids": [3, 4, 5]}
+    both = generate_group(model, ids, 4, prompt_mask=mask, seeds=torch.tensor([7, 8]), **options)
+    alone = generate_group(model, ids[1:, mask[1].bool()], 3, seeds=torch.tensor([8]), **options)
+    width = min(both.completion_ids.shape[-1], alone.completion_ids.shape[-1])
+    for a, b in zip(both, alone):
+        assert torch.allclose(a[1, :3, :width], b[0, :, :width]) and not a[1, :3, width:].any()
+    rows = {tuple(row.tolist()) for row in both.completion_ids[0]}
+    assert len(rows) == 4
+
+
+def test_samples_stop_and_are_padded():
+    model = tiny_model()
+    ids = torch.randint(VOCABULARY, (1, 30))
+    drawn = generate_group(model, ids, 8, max_new_tokens=40, stop_ids={1, 2, 3, 4, 5, 6})
+    for tokens, counted, logprobs in zip(*(x[0] for x in drawn)):
+        length = int(counted.sum())
+        ends = (tokens[:length] >= 1) & (tokens[:length] <= 6)
+        assert counted[:length].all() and not ends[:-1].any() and (ends[-1] or length == 40)
+        assert not tokens[length:].any() and not logprobs[length:].any() and (logprobs[:length] < 0).all()
+    without = generate_group(model, ids, 2, max_new_tokens=9)
+    assert without.completion_mask.shape == (1, 2, 9) and without.completion_mask.all()
+
+
+def test_equal_prompts_draw_differently():
+    model = tiny_model()
+    ids = torch.randint(VOCABULARY, (1, 30)).expand(2, -1)
+    drawn = generate_group(model, ids, 2, max_new_tokens=12).completion_ids.flatten(0, 1)
+    assert len({tuple(row.tolist()) for row in drawn}) == 4
+
+
+def test_draws_follow_the_distribution():
+    """With and without filters, against the model's own table; temperature 0 takes the most likely."""
+    model = tiny_model(initializer_range=0.5)
+    ids = torch.randint(VOCABULARY, (1, 20))
+    count, temperature = 4000, 1.5
+    table = (model(ids).logits[0, -1] / temperature).softmax(-1)
+    order = table.argsort(descending=True)
+
+    def drawn(**filters):
+        group = generate_group(model, ids, count, max_new_tokens=1, temperature=temperature, **filters)
+        assert torch.allclose(group.logprobs[0, :, 0], table.log()[group.completion_ids[0, :, 0]])
+        return torch.bincount(group.completion_ids.flatten(), minlength=VOCABULARY) / count
+
+    nucleus = order[: int((table[order].cumsum(0) < 0.6).sum()) + 1]
+    likely = (table >= 0.3 * table.max()).nonzero()[:, 0]
+    for filters, kept in (
+        ({}, order),
+        ({"top_k": 3}, order[:3]),
+        ({"top_p": 0.6}, nucleus),
+        ({"min_p": 0.3}, likely),
+    ):
+        expected = torch.zeros_like(table).index_copy(0, kept, table[kept] / table[kept].sum())
+        error = (drawn(**filters) - expected).abs()
+        assert (error <= 5 * (expected * (1 - expected) / count).sqrt()).all(), filters
+    greedy = generate_group(model, ids, 2, max_new_tokens=1, temperature=0.0, top_p=0.9)
+    assert (greedy.completion_ids == order[0]).all()
+
+
+# ---- what does not fit ------------------------------------------------------------------------------------
+
+
+def scored(**changes):
+    """A call that is right but for the changes."""
+    ids, mask, completions, counted = make_group((30, 20), 2, 5)
+    given = {
+        "prompt_ids": ids,
+        "prompt_mask": mask,
+        "completion_ids": completions,
+        "completion_mask": counted,
+    }
+    model = changes.pop("model", None) or tiny_model()
+    return branch_logprobs(model, **given | changes)
+
+
+HOLE = torch.tensor([[[1, 0, 1, 1, 1], [1, 1, 1, 1, 1]], [[1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"completion_ids": torch.zeros(2, 5, dtype=torch.int64)}, r"completion_ids must be .*\(2, 5\)"),
+        ({"completion_ids": torch.zeros(3, 2, 5, dtype=torch.int64)}, "for 2 prompts"),
+        ({"completion_ids": torch.zeros(2, 2, 0, dtype=torch.int64)}, "at least one of each"),
+        ({"completion_mask": torch.ones(2, 2, 4)}, r"shape \(2, 2, 5\), got \(2, 2, 4\)"),
+        ({"completion_mask": HOLE}, "hole in completion 0 of prompt 0"),
+        ({"completion_mask": HOLE * 0}, "completion 0 of prompt 0 has no token"),
+        ({"max_branches": 0}, "max_branches must be a whole number of at least 1 or None, got 0"),
+        ({"segment_length": 63}, "segment_length must be at least 64 or None, got 63"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes, words):
+    with pytest.raises(ValueError, match=words):
+        scored(**changes)
+
+
+def test_other_models_are_refused():
+    with pytest.raises(TypeError, match="branch_logprobs needs a fast-weight model"):
+        scored(model=torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"n": 0}, "n must be a whole number of at least 1, got 0"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens must be a whole number of at least 1, got 2.0"),
+        ({"temperature": -1.0}, "temperature must be at least 0 and finite, got -1.0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"min_p": 2.0}, "min_p=2.0"),
+        ({"seeds": torch.zeros(3, dtype=torch.int64)}, r"seeds must hold one per prompt, \[1\]"),
+    ],
+)
+def test_what_does_not_fit_the_sampler_is_named(changes, words):
+    given = {"model": tiny_model(), "prompt_ids": torch.randint(VOCABULARY, (1, 9)), "n": 2} | changes
+    with pytest.raises(ValueError, match=words):
+        generate_group(**given)
