@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from refine.data.document import stable_hash
-from refine.method.config import RefineConfig
+from refine.method import RefineConfig
 from refine.prepare import OptimizerSettings
 from refine.training.losses import refine_loss, sequence_loss
 from refine.training.update import adamw, apply_update
@@ -114,8 +114,7 @@ class PromptTrainer:
         if self.kind == "refine":
             keys = torch.tensor([stable_hash(key) - 2**63], device=device)
             return refine_loss(self.model, input_ids, self.config, keys=keys, seed=self.seed, step=step).loss
-        lengths = torch.tensor([len(prompt)], device=device)
-        return sequence_loss(self.model, input_ids, lengths, self.config.segment_length)
+        return sequence_loss(self.model, input_ids, torch.ones_like(input_ids), self.config.segment_length)
 
 
 class Snapshot:

@@ -1,15 +1,18 @@
-"""The losses that training and test-time training take from the method: the only calls to it outside measures."""
+"""The losses that training and test-time training take from the method: their only calls to it."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from refine.method.config import RefineConfig
-from refine.method.segments import read_next_tokens
-from refine.method.step import RefineStepOutput, next_token_targets, refine_step
-from refine.models.head import NextTokenLoss
+from refine.method import (
+    ContextParallel,
+    LabelledTokens,
+    RefineConfig,
+    RefineStepOutput,
+    Sequences,
+    next_token_loss,
+    refine_step,
+)
 from refine_kernels.linear_logprob import mix_seeds
 
 
@@ -23,34 +26,33 @@ def refine_loss(
     seed: int,
     step: int,
     draw: RefineStepOutput | None = None,
-    relay: Any = None,
+    context: ContextParallel | None = None,
 ) -> RefineStepOutput:
     """A REFINE step whose draws follow from the run's seed, the step and each sequence's key alone; with ``draw``
     the rollouts are those of an earlier policy."""
-    given: dict[str, Any] = {"relay": relay}
-    if draw is not None:
-        given |= {
-            "positions": draw.positions,
-            "rollouts": draw.rollouts,
-            "old_logprobs": draw.logprobs,
-            "advantages": draw.advantages,
-        }
-        if config.rollout_stop_entropy is not None:
-            given["rollout_lengths"] = draw.rollout_lengths
     seeds = mix_seeds(seed, step, keys)
-    return refine_step(model, input_ids, config, attention_mask=attention_mask, seeds=seeds, **given)
+    rollouts = None if draw is None else draw.drawn
+    return refine_step(
+        model,
+        input_ids,
+        config,
+        attention_mask=attention_mask,
+        seeds=seeds,
+        rollouts=rollouts,
+        context=context,
+    )
 
 
 def sequence_loss(
     model: torch.nn.Module,
     input_ids: torch.Tensor,  # [B, T]
-    lengths: torch.Tensor,  # [B]
+    attention_mask: torch.Tensor,  # [B, T], padding on the right
     segment_length: int | None = None,
-    relay: Any = None,
+    context: ContextParallel | None = None,
 ) -> torch.Tensor:
     """Next-token cross-entropy, the mean over each sequence's targets, then over sequences: the SFT loss."""
-    targets, weight = next_token_targets(input_ids, lengths)
-    return target_loss(model, input_ids, targets, weight, segment_length, relay)
+    labelled = Sequences(input_ids, attention_mask.sum(1)).labelled()
+    return next_token_loss(model, labelled, segment_length, context)
 
 
 def target_loss(
@@ -59,9 +61,6 @@ def target_loss(
     targets: torch.Tensor,  # [B, T], -100 where there is none
     weight: torch.Tensor,  # [B, T] float32
     segment_length: int | None = None,
-    relay: Any = None,
 ) -> torch.Tensor:
-    """The weighted sum of next-token losses, in one pass or by segments."""
-    if segment_length is None:
-        return model(input_ids, use_cache=False, head=NextTokenLoss(targets, weight, entropy=False)).loss
-    return read_next_tokens(model, input_ids, targets, weight, segment_length, relay).ntp_loss
+    """The weighted sum of next-token cross-entropies."""
+    return next_token_loss(model, LabelledTokens(input_ids, targets, weight), segment_length)

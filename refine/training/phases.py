@@ -13,7 +13,7 @@ import torch
 
 from refine.data.pairs import PairBatch, PairColumns, PairStream, held_out_pairs, training_pairs
 from refine.data.stream import Batch, DataStream, held_out_stream, training_stream
-from refine.method.step import RefineStepOutput
+from refine.method import RefineStepOutput
 from refine.prepare import data_config
 from refine.training.losses import refine_loss, sequence_loss, target_loss
 from refine.training.parallel import World
@@ -93,24 +93,23 @@ class Phase:
         """Autocast as the settings say."""
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.settings.bf16)
 
-    def _refine(self, batch: Batch, step: int, draw=None, relay=None) -> RefineStepOutput:
+    def _refine(self, batch: Batch, step: int, draw=None, context=None) -> RefineStepOutput:
         return refine_loss(
             self.model, batch.input_ids, self.settings, attention_mask=batch.attention_mask, keys=batch.keys,
-            seed=self.settings.seed, step=step, draw=draw, relay=relay,
+            seed=self.settings.seed, step=step, draw=draw, context=context,
         )  # fmt: skip
 
     def _update_on_text(
         self, mini_batch: list[Batch], draws: Draws, step: int
     ) -> tuple[dict[str, float], RefineStepOutput | None]:
-        world, count = self.world, len(mini_batch)
+        world, settings, count = self.world, self.settings, len(mini_batch)
         output = None
 
         def loss_of(batch: Batch, draw: RefineStepOutput | None) -> tuple[torch.Tensor, dict[str, Any]]:
             nonlocal output
             if self.on_text == "sft":
-                lengths = batch.attention_mask.sum(1)
                 loss = sequence_loss(
-                    self.model, batch.input_ids, lengths, self.settings.segment_length, world.relay
+                    self.model, batch.input_ids, batch.attention_mask, settings.segment_length, world.relay
                 )
                 found = {"loss": loss, "ntp_loss": loss}
             else:

@@ -11,7 +11,7 @@ import torch
 from refine import RefineConfig, refine_step
 from refine.data.document import stable_hash
 from refine.evaluation.prompt_training import PromptTrainer, Snapshot
-from refine.method.step import next_token_targets
+from refine.method import next_token_targets
 from refine.models.head import NextTokenLoss
 from refine.prepare import OptimizerSettings
 from refine_kernels.linear_logprob import mix_seeds

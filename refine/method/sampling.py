@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from refine.models.cuda_graphs import run_captured
 from refine.models.head import SampleToken
-from refine.models.replay import replay
 from refine.models.state import FastWeightState
 
 
@@ -22,24 +22,7 @@ def sample_rollouts(
     k module calls: the head on the context, then k - 1 single-token steps. The last token is not fed: its
     hidden state comes out of the pass that takes the gradient. On CUDA all of them become one graph.
     """
-    return replay(_sample, model, (state, context, seeds), (temperature,))
-
-
-def rollout_lengths(
-    entropy: torch.Tensor,  # [..., k], of the prediction of each rollout token
-    stop_entropy: float | None,
-) -> torch.Tensor:  # [...] int64, 1 to k
-    """How many tokens of each rollout count: it ends before the first, from the second on, of which the policy is
-    surer than ``stop_entropy`` nats.
-
-    All k tokens are drawn whatever they are, so that shapes stay fixed and a group's draws do not depend on
-    where another rollout ends; what lies behind an end counts nowhere.
-    """
-    k = entropy.shape[-1]
-    if stop_entropy is None:
-        return torch.full(entropy.shape[:-1], k, dtype=torch.int64, device=entropy.device)
-    going_on = entropy[..., 1:] >= stop_entropy
-    return 1 + going_on.long().cumprod(-1).sum(-1)
+    return run_captured(_sample, model, (state, context, seeds), (temperature,))
 
 
 def _sample(model, state, context, seeds, temperature) -> torch.Tensor:
