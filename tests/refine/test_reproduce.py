@@ -84,7 +84,6 @@ def test_processes_keep_the_batch():
         ("stages: {mid: {train: {dataset_name_or_path: $tex}}}", "unknown placeholder '\\$tex'.*'text'"),
         ("tabel: 3", "unknown key 'tabel': did you mean 'table'"),
         ("stages: [1]", "stages must be a mapping, got list"),
-        ("extends: niahh", "there is no file, row or base 'niahh'"),
         ("family: mamba", "family must be one of lact, delta_net, got 'mamba'"),
     ],
 )
