@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable
 
-.PHONY: setup train test test-all lint format bench reproduce-small pretrain-tiny clean
+.PHONY: setup train test test-all test-releases lint format bench reproduce-small pretrain-tiny clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +32,10 @@ test: lint
 
 test-all: lint
 	$(PYTEST)
+
+# The suite in throw-away environments with the oldest and the newest releases; about ten minutes each.
+test-releases: setup
+	$(BIN)/python -m tests.releases
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only

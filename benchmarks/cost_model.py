@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from refine import RefineConfig, refine_step
-from refine.method.step import next_token_targets
+from refine.method import next_token_targets
 from refine.models import MODELS, DeltaNetConfig, LaCTConfig
 from refine.models.head import HiddenOnly, NextTokenLoss
 from refine.models.state import map_state

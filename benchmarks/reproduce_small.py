@@ -186,8 +186,7 @@ def run_one(options, arm: str, seed: int, steps: int) -> int:
 def time_arms(path: Path, pairs: int = 9) -> dict[str, float]:
     """Forward, backward and optimizer of an update over SFT's: medians of the ratios of neighbours."""
     from benchmarks.timing import paired_ratio
-    from refine.method.config import RefineConfig
-    from refine.method.step import next_token_targets, refine_step
+    from refine.method import RefineConfig, next_token_targets, refine_step
     from refine.models import load_model
     from refine.models.head import NextTokenLoss
 
@@ -259,8 +258,7 @@ def _in_a_row(right: torch.Tensor, count: int = ROLLOUT) -> torch.Tensor:
 
 
 def _held_out(model, documents) -> dict[str, list[float]]:
-    from refine.method.config import RefineConfig
-    from refine.method.step import refine_step
+    from refine.method import RefineConfig, refine_step
 
     found = {name: [] for name in ("loss", "accuracy", "five", "cosine", "binary")}
     config = RefineConfig(selection="uniform", num_rollouts=4)

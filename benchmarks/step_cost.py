@@ -20,7 +20,7 @@ import torch
 from benchmarks.results import record
 from benchmarks.timing import keep_pages, paired_ratio, release_pages
 from refine import RefineConfig, refine_step
-from refine.method.step import next_token_targets
+from refine.method import next_token_targets
 from refine.models import new_model
 from refine.models.head import HiddenOnly, NextTokenLoss
 

@@ -24,8 +24,7 @@ from transformers import get_scheduler
 from transformers.utils.logging import disable_progress_bar
 
 from refine.evaluation.held_out import evaluate_held_out
-from refine.method.segments import read_next_tokens
-from refine.method.step import RefineStepOutput, next_token_targets, refine_step
+from refine.method import LabelledTokens, RefineStepOutput, next_token_loss, next_token_targets, refine_step
 from refine.models.head import NextTokenLoss
 from refine.training import checkpoint
 from refine.training.data import Batch, DataError, held_out_stream, training_stream
@@ -332,16 +331,9 @@ def _update(
                 loss = _next_token_loss(model, batch, settings, world)
                 found = {"loss": loss, "ntp_loss": loss}
             else:
-                given = {"relay": world.relay}
+                given = {"context": world.relay}
                 if draw is not None:
-                    given |= {
-                        "positions": draw.positions,
-                        "rollouts": draw.rollouts,
-                        "old_logprobs": draw.logprobs,
-                        "advantages": draw.advantages,
-                    }
-                    if settings.rollout_stop_entropy is not None:
-                        given["rollout_lengths"] = draw.rollout_lengths
+                    given["rollouts"] = draw.drawn
                 output = _refine(model, batch, settings, step, **given)
                 loss = output.loss
                 found = {
@@ -433,9 +425,7 @@ def _next_token_loss(model, batch: Batch, settings: TrainSettings, world: World)
 
 def _weighted_loss(model, input_ids, targets, weight, settings: TrainSettings, relay) -> torch.Tensor:
     """The weighted sum of next-token losses, in one pass or by segments."""
-    if settings.segment_length is None:
-        return model(input_ids, use_cache=False, head=NextTokenLoss(targets, weight, entropy=False)).loss
-    return read_next_tokens(model, input_ids, targets, weight, settings.segment_length, relay).ntp_loss
+    return next_token_loss(model, LabelledTokens(input_ids, targets, weight), settings.segment_length, relay)
 
 
 def _optimizer(model, settings: TrainSettings) -> torch.optim.AdamW:

@@ -14,10 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from refine.method.config import RefineConfig
-from refine.method.segments import read_next_tokens
-from refine.method.step import next_token_targets, refine_step
-from refine.models.head import NextTokenLoss
+from refine.method import RefineConfig, Sequences, next_token_loss, refine_step
 from refine.training.default_text import stable_hash
 from refine_kernels.linear_logprob import mix_seeds
 
@@ -131,12 +128,7 @@ class PromptTrainer:
                 number = torch.tensor([stable_hash(key) - 2**63], device=device)
                 seeds = mix_seeds(self.seed, step, number)
                 return refine_step(self.model, input_ids, self.config, seeds=seeds).loss
-            targets, weight = next_token_targets(input_ids, torch.tensor([len(prompt)], device=device))
-            if self.config.segment_length is not None:
-                length = self.config.segment_length
-                return read_next_tokens(self.model, input_ids, targets, weight, length, None).ntp_loss
-            head = NextTokenLoss(targets, weight, entropy=False)
-            return self.model(input_ids, use_cache=False, head=head).loss
+            return next_token_loss(self.model, Sequences.of(input_ids).labelled(), self.config.segment_length)
 
 
 class Snapshot:

@@ -10,7 +10,7 @@ import torch
 
 from refine import RefineConfig, refine_step
 from refine.evaluation.test_time import PromptTrainer, Snapshot
-from refine.method.step import next_token_targets
+from refine.method import next_token_targets
 from refine.models.head import NextTokenLoss
 from refine.training.default_text import stable_hash
 from refine_kernels.linear_logprob import mix_seeds

@@ -1,7 +1,7 @@
 """Context parallelism: one document over several processes, each with a run of its segments.
 
 The state at a border goes to the next process, its gradient comes back: what segments hand to one another in one
-process (:mod:`refine.method.segments`) is handed over the wire. The processes work one after the other on a
+process (:mod:`refine.method.segmented_pass`) is handed over the wire. The processes work one after the other on a
 document, so this buys memory for parameters' activations and states, not time: with N processes a step takes as
 long as in one, plus 2 (N - 1) transfers of one state (at DeltaNet-1.3B 25 MiB a sequence in float32).
 """
@@ -25,7 +25,7 @@ class _Placeholder:
 
 
 @dataclass(frozen=True)
-class Relay:
+class ContextParallel:
     """The processes that share a document, this one among them. The model is not wrapped; gradients are summed
     over the processes when they are complete (:meth:`sum_gradients`).
     """
@@ -34,7 +34,7 @@ class Relay:
     size: int
 
     @classmethod
-    def of_all(cls) -> Relay:
+    def of_all(cls) -> ContextParallel:
         """Every process of the default group."""
         return cls(dist.get_rank(), dist.get_world_size())
 

@@ -25,23 +25,6 @@ def sample_rollouts(
     return run_captured(_sample, model, (state, context, seeds), (temperature,))
 
 
-def rollout_lengths(
-    entropy: torch.Tensor,  # [..., k], of the prediction of each rollout token
-    stop_entropy: float | None,
-) -> torch.Tensor:  # [...] int64, 1 to k
-    """How many tokens of each rollout count: it ends before the first, from the second on, of which the policy is
-    surer than ``stop_entropy`` nats.
-
-    All k tokens are drawn whatever they are, so that shapes stay fixed and a group's draws do not depend on
-    where another rollout ends; what lies behind an end counts nowhere.
-    """
-    k = entropy.shape[-1]
-    if stop_entropy is None:
-        return torch.full(entropy.shape[:-1], k, dtype=torch.int64, device=entropy.device)
-    going_on = entropy[..., 1:] >= stop_entropy
-    return 1 + going_on.long().cumprod(-1).sum(-1)
-
-
 def _sample(model, state, context, seeds, temperature) -> torch.Tensor:
     request = SampleToken(seeds[:, :1], temperature)
     tokens = [model(hidden_states=context[:, None], head=request).token]
