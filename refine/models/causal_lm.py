@@ -104,44 +104,42 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
         if sum(given) != 1:
             raise ValueError("give exactly one of input_ids, inputs_embeds and hidden_states")
         if hidden_states is not None:
-            output = FastWeightOutput(last_hidden_state=hidden_states)
+            read = FastWeightOutput(last_hidden_state=hidden_states)
         else:
-            output = self.model(
+            read = self.model(
                 input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache=cache,
                 cu_seqlens=cu_seqlens, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k,
                 max_length_q=max_length_q, max_length_k=max_length_k, seq_idx=seq_idx, state_stride=state_stride,
                 output_hidden_states=output_hidden_states, output_attentions=output_attentions, return_dict=True,
             )  # fmt: skip
-        self._use_head(output, head, labels, num_items_in_batch)
-        asked = labels is None or (not self.training if return_logits is None else return_logits)
-        if head is None and asked:
-            hidden = output.last_hidden_state
-            if isinstance(logits_to_keep, int):
-                logits_to_keep = slice(-logits_to_keep, None)
-            output.logits = self.lm_head(hidden[:, logits_to_keep])
+        hidden = read.last_hidden_state
+        values = dict(read)
+        if head is not None:
+            values |= head(*head_operands(self.lm_head, hidden)) if head.needs_weight else {}
+        elif labels is not None:
+            values["loss"] = self._loss(hidden, labels, values.pop("document_ends", None), num_items_in_batch)
+        if head is None and (
+            labels is None or (not self.training if return_logits is None else return_logits)
+        ):
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            values["logits"] = self.lm_head(hidden[:, kept])
+        output = FastWeightOutput(**values)
         keep_names = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
         return output if keep_names is not False else output.to_tuple()
 
-    def _use_head(self, output: FastWeightOutput, head, labels, num_items_in_batch) -> None:
-        """Put into ``output`` what the head request gives, or the loss of the labels."""
-        hidden = output.last_hidden_state
-        if head is not None:
-            if head.needs_weight:
-                for name, value in head(*head_operands(self.lm_head, hidden)).items():
-                    output[name] = value
-        elif labels is not None:
-            if labels.shape != hidden.shape[:2]:
-                raise ValueError(f"labels must be {list(hidden.shape[:2])}, got {list(labels.shape)}")
-            targets = labels.new_full(labels.shape, -100)
-            targets[:, :-1] = labels[:, 1:]
-            if output.document_ends is not None:
-                targets = targets.masked_fill(output.document_ends.to(targets.device), -100)
-            reduction = "mean" if num_items_in_batch is None else "sum"
-            output.loss = linear_cross_entropy(
-                *head_operands(self.lm_head, hidden), targets.to(hidden.device), reduction=reduction
-            )
-            if num_items_in_batch is not None:
-                output.loss = output.loss / num_items_in_batch
+    def _loss(self, hidden, labels, document_ends, num_items_in_batch) -> torch.Tensor:
+        """Cross-entropy of the next token, without logits."""
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(f"labels must be {list(hidden.shape[:2])}, got {list(labels.shape)}")
+        targets = labels.new_full(labels.shape, -100)
+        targets[:, :-1] = labels[:, 1:]
+        if document_ends is not None:
+            targets = targets.masked_fill(document_ends.to(targets.device), -100)
+        operands = head_operands(self.lm_head, hidden)
+        if num_items_in_batch is None:
+            return linear_cross_entropy(*operands, targets.to(hidden.device))
+        loss = linear_cross_entropy(*operands, targets.to(hidden.device), reduction="sum")
+        return loss / num_items_in_batch
 
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
         """As ``transformers`` does it, also from a state and with ``prefill_chunk_size``.
@@ -149,9 +147,12 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
         A state that is passed on (``past_key_values=``, or ``cache=``) is not changed; with
         ``return_dict_in_generate=True`` the state after the last token read is in the result.
         """
+        given = [kwargs.pop(name) for name in ("past_key_values", "cache") if kwargs.get(name) is not None]
+        if len(given) == 2:
+            raise ValueError("give past_key_values or cache, not both")
         chunked = kwargs.get("prefill_chunk_size", getattr(generation_config, "prefill_chunk_size", None))
-        if chunked is not None and kwargs.get("past_key_values") is None and kwargs.get("cache") is None:
-            kwargs[CACHE_NAME] = FastWeightState()
+        if given or chunked is not None:
+            kwargs[CACHE_NAME] = given[0] if given else FastWeightState()
         return super().generate(inputs, generation_config, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
