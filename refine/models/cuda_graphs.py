@@ -1,13 +1,14 @@
-"""A run of model calls recorded once and replayed as one CUDA graph.
+"""Rollouts as CUDA graphs: a run of model calls captured once and replayed.
 
 Decoding is many small kernels: one token through 24 layers is some 650 of them, and a processor needs longer to
 launch each than the GPU to run it. A graph launches all of them at once. It replays what was recorded on the
-same memory, so the inputs are copied into buffers first, and nothing may depend on the data but the data.
+same memory, so the inputs are copied into buffers first, and what is launched must depend on shapes alone.
 
 Used without a gradient, on CUDA, for bare models (not wrapped by DDP, FSDP or ``torch.compile``) whose states
-allow it. The first call of a kind runs as it is and lets every kernel compile and tune itself, the second
-records, later ones replay. What cannot be recorded after all, because it waits for the device in between, runs
-as it is, after one warning. A graph keeps its working memory, about three times the size of the states.
+allow it (``graph_capturable``). The first call of a kind runs as it is and lets every kernel compile and tune
+itself, the second records, later ones replay. What cannot be recorded after all, because it waits for the device
+in between, runs as it is, after one warning. A graph keeps its working memory, about three times the size of the
+states.
 ``REFINE_CUDA_GRAPHS=0`` turns graphs off.
 """
 
@@ -24,18 +25,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from refine.models.delta_net import DeltaRuleState
 from refine.models.state import FastWeightState
 
 ENVIRONMENT_VARIABLE = "REFINE_CUDA_GRAPHS"
-# Layer states whose continuation depends on shapes alone. LaCT's looks which rows cross a chunk's end, and it
-# shares the columns of whole sequences, which nobody wants copied.
-_SHAPES_ALONE = (DeltaRuleState,)
 _MOST = 4  # kinds of calls remembered for a model; the one not used for longest is forgotten first
 
 
-def replay(function: Callable[..., torch.Tensor], model: nn.Module, inputs: tuple, constants: tuple):
-    """``function(model, *inputs, *constants)``, replayed where it has been recorded.
+def run_captured(function: Callable[..., torch.Tensor], model: nn.Module, inputs: tuple, constants: tuple):
+    """``function(model, *inputs, *constants)``, as a CUDA graph where it has been captured.
 
     Args:
         function: calls the model and returns a tensor. It must not write its inputs, nor anything else that
@@ -86,7 +83,7 @@ class CudaGraph:
         stream = torch.cuda.current_stream()
         torch.clear_autocast_cache()  # or the graph would read today's casts of the weights for ever
         try:
-            # thread_local: what another thread does (a data loader pinning memory) is no concern of ours
+            # thread_local: what another thread does (a data loader pinning memory) does not matter here
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._output = function()
         finally:
@@ -121,16 +118,14 @@ _unrecordable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def _is_recordable(model: nn.Module, inputs: tuple) -> bool:
     if os.environ.get(ENVIRONMENT_VARIABLE, "1") == "0" or torch.is_grad_enabled() or model in _unrecordable:
         return False
-    layers = (layer for x in inputs if isinstance(x, FastWeightState) for layer in x.layers)
-    if not isinstance(model, PreTrainedModel) or not all(
-        isinstance(layer, _SHAPES_ALONE) for layer in layers
-    ):
+    states = (x for x in inputs if isinstance(x, FastWeightState))
+    if not isinstance(model, PreTrainedModel) or not all(state.graph_capturable for state in states):
         return False
     return all(type(p) is nn.Parameter for p in model.parameters())  # those of FSDP2 are DTensors
 
 
 def _surroundings(model: nn.Module) -> Hashable:
-    """What else a recording holds fast: where the weights lie, and the modes that choose kernels."""
+    """What else a recording depends on: where the weights lie, and the modes that choose kernels."""
     device = next(model.parameters()).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return tuple(p.data_ptr() for p in model.parameters()), model.training, autocast

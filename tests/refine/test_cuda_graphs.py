@@ -11,9 +11,8 @@ import torch
 
 from refine import RefineConfig, refine_step
 from refine.method.sampling import _sample, sample_rollouts
-from refine.models import replay as replay_module
+from refine.models import cuda_graphs
 from refine.models.head import HiddenOnly
-from refine.models.replay import replay
 from tests.refine.tiny import DELTA_RULE, VOCABULARY, ragged_batch, tiny_model
 
 
@@ -43,8 +42,8 @@ class Refuses:
 
 @pytest.fixture
 def graphs(monkeypatch):
-    monkeypatch.setitem(replay_module.GRAPHS, "cpu", Rerun)
-    monkeypatch.delenv(replay_module.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setitem(cuda_graphs.GRAPHS, "cpu", Rerun)
+    monkeypatch.delenv(cuda_graphs.ENVIRONMENT_VARIABLE, raising=False)
     Rerun.recorded = Rerun.replayed = 0
 
 
@@ -82,7 +81,7 @@ def test_replays_give_what_direct_calls_give(family, graphs):
 
 def _tensors(inputs):
     tensors = []
-    replay_module._flatten(inputs, tensors)
+    cuda_graphs._flatten(inputs, tensors)
     return tensors
 
 
@@ -97,7 +96,7 @@ def test_a_whole_step_is_the_same(graphs, monkeypatch):
         replayed.loss.backward()
         gradient = model.lm_head.weight.grad.clone()
         with monkeypatch.context() as context:
-            context.setenv(replay_module.ENVIRONMENT_VARIABLE, "0")
+            context.setenv(cuda_graphs.ENVIRONMENT_VARIABLE, "0")
             model.zero_grad()
             direct = refine_step(model, ids, config, seeds=seeds)
             direct.loss.backward()
@@ -147,19 +146,19 @@ def test_only_a_few_recordings_are_kept(graphs):
         inputs = draw(model, tokens, tokens=tokens)
         assert torch.equal(sample_rollouts(model, *inputs, 1.0), directly(model, *inputs))
     assert Rerun.recorded == 0  # each was forgotten before it came again
-    assert len(replay_module._recordings[model]) == replay_module._MOST
+    assert len(cuda_graphs._recordings[model]) == cuda_graphs._MOST
     sample_rollouts(model, *draw(model, 0, tokens=7), 1.0)
     assert Rerun.recorded == 1
 
 
 def test_what_cannot_be_recorded_runs_directly_after_one_warning(graphs, monkeypatch, recwarn):
-    monkeypatch.setitem(replay_module.GRAPHS, "cpu", Refuses)
+    monkeypatch.setitem(cuda_graphs.GRAPHS, "cpu", Refuses)
     Refuses.tried = 0
     model = tiny_model()
     for seed in range(4):
         inputs = draw(model, seed)
         assert torch.equal(sample_rollouts(model, *inputs, 1.0), directly(model, *inputs))
-    messages = [str(w.message) for w in recwarn if replay_module.ENVIRONMENT_VARIABLE in str(w.message)]
+    messages = [str(w.message) for w in recwarn if cuda_graphs.ENVIRONMENT_VARIABLE in str(w.message)]
     assert len(messages) == 1 and "not permitted when stream is capturing" in messages[0]
     assert Refuses.tried == 1
 
@@ -178,9 +177,9 @@ def test_is_left_alone_where_it_does_not_belong(why, graphs, monkeypatch):
     model = tiny_model("lact" if why == "looks at data" else "delta_net")
     called = Wrapper(model) if why == "wrapped" else model
     if why == "turned off":
-        monkeypatch.setenv(replay_module.ENVIRONMENT_VARIABLE, "0")
+        monkeypatch.setenv(cuda_graphs.ENVIRONMENT_VARIABLE, "0")
     if why == "no GPU":
-        monkeypatch.delitem(replay_module.GRAPHS, "cpu")
+        monkeypatch.delitem(cuda_graphs.GRAPHS, "cpu")
     if why == "sharded":
 
         class Shard(torch.nn.Parameter):
@@ -190,7 +189,7 @@ def test_is_left_alone_where_it_does_not_belong(why, graphs, monkeypatch):
     for seed in range(3):
         inputs = draw(model, seed)
         with torch.set_grad_enabled(why == "gradient"):
-            tokens = replay(_sample, called, inputs, (1.0,))
+            tokens = cuda_graphs.run_captured(_sample, called, inputs, (1.0,))
         assert torch.equal(tokens, directly(model, *inputs))
     assert Rerun.recorded == 0
 
@@ -205,11 +204,11 @@ def test_a_model_and_its_recordings_go_together(monkeypatch):
         def replay(self):
             return self.output
 
-    monkeypatch.setitem(replay_module.GRAPHS, "cpu", Token)
+    monkeypatch.setitem(cuda_graphs.GRAPHS, "cpu", Token)
     model = tiny_model()
     for seed in range(3):
         sample_rollouts(model, *draw(model, seed), 1.0)
-    assert model in replay_module._recordings
+    assert model in cuda_graphs._recordings
     gone = weakref.ref(model)
     del model
     gc.collect()
