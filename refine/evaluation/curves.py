@@ -2,9 +2,9 @@
 
 ``recall_curve``: a passage of random tokens stands in text, so many tokens of text follow, and the passage begins
 again. Only the first reading tells how it goes on, so guessing scores nothing and nothing is learned from the text
-around. ``loss_by_position``: the mean loss of held-out documents in ranges of positions that double, all of the same
-documents; a model that uses a long context improves along it, and one that does not extrapolate rises behind the
-length that it was trained at. Both are generated or read from text that is there, and need no download.
+around. ``loss_by_position``: the mean loss of held-out documents in ranges of positions that double, all of the
+same documents; a model that uses a long context improves along it, and one that does not extrapolate rises behind
+the length that it was trained at. Both are generated or read from text that is there, and need no download.
 
 Long documents are read by segments, from state to state.
 """
@@ -39,8 +39,8 @@ def recall_over_distance(
         seed: of passages and of where the text begins; the same passages at every distance.
 
     Returns:
-        For each distance ``accuracy`` (the share of the last 12 tokens that are the most likely ones), ``nats`` (their
-        loss per token), and ``passages`` [count], the accuracy of each.
+        For each distance ``accuracy`` (the share of the last 12 tokens that are the most likely ones), ``nats``
+        (their loss per token), and ``passages`` [count], the accuracy of each.
 
     Raises:
         ValueError: an argument is out of range.
@@ -117,8 +117,8 @@ def range_ends(positions: int) -> list[int]:
 
 
 def _read(model, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(most likely next token, log-probability of the true one) [B, T] of rows of the same length, by segments; those
-    of the last position mean nothing."""
+    """(most likely next token, log-probability of the true one) [B, T] of rows of the same length, by segments;
+    those of the last position mean nothing."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device

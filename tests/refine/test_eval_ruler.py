@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -41,10 +42,10 @@ def test_a_chain_of_variables():
     statements = [line for line in lines if line != NOISE]
     value = statements[0].split(" = ")[1]
     assert re.fullmatch(r"\d{5}", value) and statements[0] == f"VAR {variables[0]} = {value}"
-    assert statements[1:] == [f"VAR {b} = VAR {a}" for a, b in zip(variables, variables[1:])]
+    assert statements[1:] == [f"VAR {b} = VAR {a}" for a, b in pairwise(variables)]
     assert question == (
-        f"Find all variables that are assigned the value {value} in the text above. Answer: According to the chain(s) "
-        f"of variable assignment in the text above, 5 variables are assigned the value {value}, they are:"
+        f"Find all variables that are assigned the value {value} in the text above. Answer: According to the "
+        f"chain(s) of variable assignment in the text above, 5 variables are assigned the value {value}, they are:"
     )
     assert variable_tracking(40, "name", 9).references == variables  # the same at every length
 
@@ -58,9 +59,7 @@ def test_common_words_are_as_often_as_ruler_writes_them(length, units, often, se
     listed = re.findall(r"(\d+)\. ([a-z-]+)", asked.split("\n")[1])
     assert [int(number) for number, _ in listed] == list(range(1, len(listed) + 1))
     counts = Counter(word for _, word in listed)
-    assert counts == {word: often for word in common} | {
-        word: seldom for word in counts if word not in common
-    }
+    assert counts == dict.fromkeys(common, often) | {word: seldom for word in counts if word not in common}
     assert len(counts) == units
     assert asked.endswith("Question: What are the 10 most common words in the above list? Answer: The top 10 words "
                           "that appear most often in the list are:")  # fmt: skip

@@ -1,10 +1,10 @@
-"""RULER's other generated tasks (arXiv 2404.06654): variable tracking, common words, frequent words; from generators of
-our own.
+"""RULER's other generated tasks (arXiv 2404.06654): variable tracking, common words, frequent words; from
+generators of our own.
 
 The settings are those of RULER's benchmark: one chain of four hops in the noise of the needle tasks (``vt``); ten
 words 30 times each among others of 3 times, and, under 4,096 tokens, 6 times among others of once (``cwe``); coded
-words after Zipf's law with exponent 2, the first of which is dots (``fwe``). ``vt`` and ``cwe`` show an example first.
-Each sample follows from the task, the seed, the index and the tokenizer alone, and is the largest that keeps within
+words after Zipf's law with exponent 2, the first of which is dots (``fwe``). ``vt`` and ``cwe`` show an example
+first. Each sample follows from the task, the seed, the index and the tokenizer alone, and is the largest that keeps within
 its length.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 from typing import NamedTuple
 
@@ -32,8 +33,9 @@ CODED_LETTERS = 6
 
 _TRACKING = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
-    "Question: Find all variables that are assigned the value {value} in the text above. Answer: According to the "
-    "chain(s) of variable assignment in the text above, {count} variables are assigned the value {value}, they are: "
+    "Question: Find all variables that are assigned the value {value} in the text above. Answer: According to "
+    "the chain(s) of variable assignment in the text above, {count} variables are assigned the value {value}, "
+    "they are: "
 )
 _COMMON = (
     "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
@@ -42,8 +44,8 @@ _COMMON = (
 )
 _FREQUENT = (
     "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
-    "appeared coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What "
-    "are the three most frequently appeared words in the above coded text? Answer: According to the coded text "
+    "appeared coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. "
+    "What are the three most frequently appeared words in the above coded text? Answer: According to the coded text "
     "above, the three most frequently appeared words are:"
 )
 
@@ -68,7 +70,7 @@ def _chain(rng: Random, units: int, letters: int) -> Sample:
         names["".join(rng.choices(string.ascii_uppercase, k=letters))] = None
     variables, value = list(names), str(rng.randint(10_000, 99_998))
     statements = [f"VAR {variables[0]} = {value}"]
-    statements += [f"VAR {new} = VAR {old}" for old, new in zip(variables, variables[1:])]
+    statements += [f"VAR {new} = VAR {old}" for old, new in pairwise(variables)]
     lines = [NOISE] * units
     places = sorted(rng.sample(range(units), len(statements)))
     for number, (place, statement) in enumerate(zip(places, statements)):
@@ -102,7 +104,7 @@ def _all_words() -> list[str]:
 
 
 def frequent_words(units: int, name: str, length: int) -> Sample:
-    """About ``units`` coded words, the r-th of the vocabulary ``units / (zeta(2) r^2)`` times; the first is dots."""
+    """About ``units`` coded words, the r-th of the vocabulary ``units / (zeta(2) r^2)`` times; dots come first."""
     rng = Random(name)
     coded: dict[str, None] = {}
     while len(coded) < max(10, length // 50):
@@ -221,8 +223,8 @@ class RulerGenerator:
 def largest_that_fits(
     least: int, budget: int, tokens_with: Callable[[int], int], most: int | None = None
 ) -> int | None:
-    """The largest number of units from ``least`` to ``most`` whose prompt keeps within the budget, where prompts grow
-    about evenly with their units; None: not even ``least`` does.
+    """The largest number of units from ``least`` to ``most`` whose prompt keeps within the budget, where prompts
+    grow about evenly with their units; None: not even ``least`` does.
 
     Where one more unit can make a prompt shorter, the result keeps within the budget and the next one does not.
     """
