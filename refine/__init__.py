@@ -4,4 +4,20 @@ from refine.method import RefineConfig, RefineStepOutput, refine_step
 from refine.models import load_model
 
 __version__ = "0.1.0"
-__all__ = ["RefineConfig", "RefineStepOutput", "load_model", "refine_step"]
+__all__ = [
+    "RefineConfig",
+    "RefineStepOutput",
+    "RefineTrainer",
+    "RefineTrainingArguments",
+    "load_model",
+    "refine_step",
+]
+
+
+def __getattr__(name: str):
+    """The trainer is imported where it is used: it needs accelerate, and transformers' Trainer takes a while."""
+    if name in ("RefineTrainer", "RefineTrainingArguments"):
+        from refine.integrations import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module 'refine' has no attribute {name!r}")
