@@ -39,8 +39,8 @@ class RefineTrainer(Trainer):
     """Trains on every token: next-token loss plus rewarded rollouts (see :func:`refine.refine_step`).
 
     A batch holds ``input_ids`` [B, T] and, where there is padding, ``attention_mask``; or packed documents in one
-    row, with ``position_ids``, ``cu_seq_lens_q`` or ``cu_seqlens``. ``labels`` may be there, as collators make them,
-    but may mask nothing that is trained on. ``keys`` [B] int64 may name the sequences: a sequence's rollouts depend
+    row, with ``position_ids``, ``cu_seq_lens_q`` or ``cu_seqlens``. ``labels`` may be there, as collators make them
+    (masking nothing that is trained on). ``keys`` [B] int64 may name the sequences: a sequence's rollouts depend
     on ``args.seed``, the optimizer step and its key (default: its tokens), not on the batch it is in.
 
     ``evaluate`` and ``predict`` are the Trainer's, on the next-token loss.
