@@ -8,9 +8,20 @@ __version__ = "0.1.0"
 __all__ = [
     "RefineConfig",
     "RefineStepOutput",
+    "RefineTrainer",
+    "RefineTrainingArguments",
     "accelerate_transformers",
     "branch_logprobs",
     "generate_group",
     "load_model",
     "refine_step",
 ]
+
+
+def __getattr__(name: str):
+    """The trainer is imported where it is used: it needs accelerate, and transformers' Trainer takes a while."""
+    if name in ("RefineTrainer", "RefineTrainingArguments"):
+        from refine.integrations import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module 'refine' has no attribute {name!r}")
