@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from refine.method.relay import Relay
+from refine.method import ContextParallel
 
 MODES = ("none", "ddp", "fsdp2", "context")
 
@@ -76,9 +76,9 @@ class World:
         return (0, 1) if self.mode == "context" else (self.rank, self.size)
 
     @property
-    def relay(self) -> Relay | None:
+    def relay(self) -> ContextParallel | None:
         """How this process hands a document on, where processes share documents."""
-        return Relay(self.rank, self.size) if self.mode == "context" and self.size > 1 else None
+        return ContextParallel(self.rank, self.size) if self.mode == "context" and self.size > 1 else None
 
     def wait(self) -> None:
         """Until every process is here."""
