@@ -39,8 +39,8 @@ MODELS = {
         {"num_attn_heads": 4, "num_lact_heads": 2, "lact_chunk_size": 512, "window_size": 512},
     ),
 }
-# One length, and full-prefix recomputation beside it, with gradient checkpointing: without it, the activations of 16K
-# tokens are 19 GB in float32 for the smaller one.
+# One length, with gradient checkpointing, and full-prefix recomputation beside it: without it, the activations of
+# 16K tokens are 19 GB in float32 for the smaller one.
 LARGE = {
     "delta_net-110m": (
         "DeltaNet, hidden 768, 12 layers, 6 heads of 128",

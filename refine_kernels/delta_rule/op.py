@@ -102,7 +102,7 @@ def chunk_delta_rule(
     backend = choose_backend(backend, accumulation_dtype(q), q, k, v, beta, g, initial_state)
     if backend == "reference":
         if cu_seqlens is not None:
-            checks.check_bounds(cu_seqlens, q.shape[1])
+            checks.check_bounds(cu_seqlens, q.shape[1], needed=True)
         with no_autocast(q):
             return reference.chunk_delta_rule(
                 q, k, v, beta, g=g, scale=scale, initial_state=initial_state,
