@@ -52,7 +52,9 @@ class PromptOnceGRPOTrainer(GRPOTrainer):
         **others,
     ):
         """Log-probs [M, R], entropies [M, R] or None, and None (no auxiliary loss) of rows [M, P + R]."""
-        if given := sorted(name for name, value in others.items() if value not in (None, False)):
+        if given := sorted(
+            name for name, value in others.items() if value is not None and value is not False
+        ):
             raise ValueError(f"{', '.join(given)}: {type(self).__name__} reads text alone")
         prompt = slice(None, -logits_to_keep)
         mask = attention_mask[:, prompt]
@@ -104,7 +106,7 @@ class PromptOnceGRPOTrainer(GRPOTrainer):
 
 
 def shuffle_groups(batch: dict) -> dict:
-    """The rows of a batch in another order in which rows with the same prompt, one after the other before, stay so."""
+    """The rows of a batch in another order, in which runs of rows with the same prompt stay together."""
     prompts = torch.cat([batch["prompt_ids"], batch["prompt_mask"]], dim=1)
     number = prompts.unique_consecutive(dim=0, return_inverse=True)[1]
     order = torch.randperm(int(number[-1]) + 1, device=number.device)[number].argsort(stable=True)

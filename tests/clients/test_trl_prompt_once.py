@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
@@ -17,6 +15,7 @@ from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
+from refine import load_model  # noqa: E402
 from refine.integrations.trl_grpo import PromptOnceGRPOTrainer, shuffle_groups  # noqa: E402
 
 PROMPTS = [
@@ -30,7 +29,7 @@ def count_t5(prompts, completions, **_):
     return [float(text.split().count("t5")) + 0.1 * (len(text) % 7) for text in completions]
 
 
-def make_trainer(kind, folder, family: str = "delta_net", model=None, **settings):
+def make_trainer(kind, folder, family: str = "delta_net", **settings):
     """A trainer over four prompts, 4 completions each, in float32 on the CPU."""
     words = {f"t{i}": i for i in range(VOCABULARY)}
     core = Tokenizer(models.WordLevel(words, unk_token="t0"))
@@ -42,13 +41,18 @@ def make_trainer(kind, folder, family: str = "delta_net", model=None, **settings
         "temperature": 0.9, "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none",
         "save_strategy": "no", "disable_tqdm": True,
     } | settings  # fmt: skip
-    return kind(
-        model=model or tiny_model(family, torch.float32, initializer_range=0.15),
+    tiny_model(family, torch.float32, initializer_range=0.15).save_pretrained(
+        folder
+    )  # TRL reads the reference
+    trainer = kind(
+        model=load_model(folder),
         reward_funcs=count_t5,
         args=trl.GRPOConfig(output_dir=str(folder), **given),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=tokenizer,
     )
+    trainer.current_gradient_accumulation_steps = given["gradient_accumulation_steps"]  # as inside train()
+    return trainer
 
 
 def make_batch() -> dict[str, torch.Tensor]:
@@ -104,3 +108,81 @@ def test_less_memory_changes_nothing(options, tmp_path):
         trainer.model.train()
         losses.append(trainer._compute_loss(trainer.model, make_batch()).item())
     assert abs(losses[0] - losses[1]) < 1e-6
+
+
+def test_groups_stay_together():
+    """A shuffle of groups of three, one of them cut in two by another process; everything moves along."""
+    prompts = torch.tensor([5, 5, 5, 2, 2, 9, 9, 9])
+    batch = {
+        "prompt_ids": torch.stack([prompts, prompts], 1),
+        "prompt_mask": torch.ones(8, 2, dtype=torch.int64),
+        "advantages": torch.arange(8),
+        "extra": list(range(8)),
+        "num_items_in_batch": torch.tensor(4),
+        "none": None,
+    }
+    orders = set()
+    for _ in range(40):
+        found = shuffle_groups(batch)
+        order = found["advantages"].tolist()
+        assert found["extra"] == order and torch.equal(found["prompt_ids"][:, 0], prompts[order])
+        assert found["num_items_in_batch"] == 4 and found["none"] is None
+        groups = [found["prompt_ids"][i, 0].item() for i in range(8)]
+        assert groups.count(5) == 3 and len(torch.tensor(groups).unique_consecutive()) == 3
+        orders.add(tuple(order))
+    assert len(orders) == 6
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 5, "top_p": 0.9, "min_p": 0.01, "num_iterations": 2, "beta": 0.1}]
+)
+def test_training_reads_each_prompt_once_and_logs_what_trl_logs(settings, tmp_path):
+    """Two steps: the sampler and the update see the prompt's columns for every group once."""
+    trainer = make_trainer(PromptOnceGRPOTrainer, tmp_path, **settings)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    body, seen = trainer.model.model, []
+    forward = body.forward
+
+    def watched(input_ids=None, *args, **kwargs):
+        seen.append(tuple(input_ids.shape))
+        return forward(input_ids, *args, **kwargs)
+
+    body.forward = watched
+    trainer.train()
+    assert any((p != before[name]).any() for name, p in trainer.model.named_parameters())
+    log = trainer.state.log_history[0]
+    for name in (
+        "loss",
+        "reward",
+        "reward_std",
+        "entropy",
+        "clip_ratio/region_mean",
+        "completions/mean_length",
+    ):
+        assert torch.isfinite(torch.tensor(log[name])), name
+    prompts = [shape for shape in seen if shape[1] > 12]
+    assert prompts and all(rows <= 4 for rows, _ in prompts)  # 16 completions of 4 prompts
+
+
+def test_sampler_follows_the_trainers_settings(tmp_path):
+    """Stop tokens end completions, equal prompts draw differently, and what is not ours goes TRL's way."""
+    trainer = make_trainer(PromptOnceGRPOTrainer, tmp_path)
+    prompts = [[5, 6, 7], [5, 6, 7], [8, 9], [5, 6, 7]]
+    completions, logprobs = trainer._generate_single_turn(prompts, None, {}, 4)
+    assert logprobs is None and len({tuple(completions[i]) for i in (0, 1, 3)}) == 3
+    ends = trainer.eos_token_ids
+    for tokens in completions:
+        assert 1 <= len(tokens) <= 12 and not set(tokens[:-1]) & set(ends)
+        assert tokens[-1] in ends or len(tokens) == 12
+    greedy = make_trainer(PromptOnceGRPOTrainer, tmp_path, temperature=1e-4)
+    ours, _ = greedy._generate_single_turn(prompts, None, {}, 4)
+    greedy.repetition_penalty = 1.0000001
+    theirs, _ = greedy._generate_single_turn(prompts, None, {}, 4)
+    assert ours == theirs
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    trainer = make_trainer(PromptOnceGRPOTrainer, tmp_path)
+    ids = torch.ones(2, 9, dtype=torch.int64)
+    with pytest.raises(ValueError, match="pixel_values: PromptOnceGRPOTrainer reads text alone"):
+        trainer._get_per_token_logps_and_entropies(trainer.model, ids, ids, 3, pixel_values=ids)
