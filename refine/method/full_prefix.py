@@ -66,4 +66,5 @@ class FullPrefix:
         hidden = self._model(text, use_cache=False, head=HiddenOnly()).last_hidden_state[:, -k - 1 :]
         head = TokenLogprob(drawn, self._config.temperature, self._config.rollout_stop_entropy is not None)
         scored = self._model(hidden_states=hidden[:, :-1], head=head)
-        return scored.logprob, hidden[:, 1:], scored.entropy if head.entropy else None
+        entropy = scored.entropy.detach() if head.entropy else None
+        return scored.logprob, hidden[:, 1:], entropy

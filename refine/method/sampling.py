@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from refine.models.cuda_graphs import run_captured
 from refine.models.head import SampleToken
-from refine.models.replay import replay
 from refine.models.state import FastWeightState
 
 
@@ -22,7 +22,7 @@ def sample_rollouts(
     k module calls: the head on the context, then k - 1 single-token steps. The last token is not fed: its
     hidden state comes out of the pass that takes the gradient. On CUDA all of them become one graph.
     """
-    return replay(_sample, model, (state, context, seeds), (temperature,))
+    return run_captured(_sample, model, (state, context, seeds), (temperature,))
 
 
 def _sample(model, state, context, seeds, temperature) -> torch.Tensor:

@@ -17,15 +17,13 @@ from refine.method.context_parallel import ContextParallel
 from refine.method.full_prefix import FullPrefix
 from refine.method.objective import group_advantages, next_sequence_loss
 from refine.method.one_pass import OnePass
-from refine.method.reading import Reading
+from refine.method.reading import Reading, check_model
 from refine.method.rollouts import Rollouts, rollout_lengths
 from refine.method.scoring import score_rollouts
 from refine.method.seeds import sequence_seeds
 from refine.method.segmented_pass import SegmentedPass
 from refine.method.selection import select_positions
 from refine.method.sequences import LabelledTokens, Sequences
-from refine.models import MODELS
-from refine.models.causal_lm import FastWeightForCausalLM
 from refine.models.head import NextTokenLoss
 
 
@@ -95,7 +93,7 @@ def refine_step(
         ValueError: a row with a hole between its tokens, a sequence shorter than ``config.min_tokens``, a shape
             that does not fit, or rollouts without positions.
     """
-    _check_model(model)
+    check_model(model, "refine_step")
     sequences = Sequences.of(input_ids, attention_mask, cu_seqlens)
     _check_lengths(sequences, config)
     given = Rollouts.given(positions, rollouts)
@@ -175,14 +173,6 @@ def next_token_loss(
         return SegmentedPass(model, labelled, segment_length, context=context).ntp_loss
     head = NextTokenLoss(labelled.targets, labelled.row_weight, entropy=False)
     return model(labelled.input_ids, use_cache=False, head=head).loss
-
-
-def _check_model(model: torch.nn.Module) -> None:
-    if not any(isinstance(module, FastWeightForCausalLM) for module in model.modules()):
-        raise TypeError(
-            f"refine_step needs a fast-weight model of this package ({', '.join(sorted(MODELS))}; see "
-            f"refine.load_model), whose state can be branched; got {type(model).__name__}"
-        )
 
 
 def _check_lengths(sequences: Sequences, config: RefineConfig) -> None:
