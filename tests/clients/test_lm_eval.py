@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from refine.training.parts import packaged_model
+from refine.prepare import packaged_model
 from transformers import AutoTokenizer
 
 from tests.refine.tiny import FAMILIES, tiny_model

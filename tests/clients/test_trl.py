@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from refine.training.parts import packaged_model
+from refine.prepare import packaged_model
 from transformers import AutoTokenizer
 
 import refine

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from refine.training.parts import packaged_model
+from refine.prepare import packaged_model
 from transformers import AutoTokenizer
 
 from refine.evaluation.tasks.haystack import NOISE
