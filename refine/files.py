@@ -49,8 +49,8 @@ def why(error: BaseException, folder: Path | None = None) -> str:
     if number in _WORDS:
         return _WORDS[number] + named
     if "inline_container" in text or "PytorchStreamWriter" in text:  # torch.save, whose file stopped growing
-        free = shutil.disk_usage(folder).free if folder is not None and folder.exists() else 0
-        return "the disk is full" if free < 1 << 20 else f"a write was cut short ({text[:80]})"
+        full = folder is not None and folder.exists() and shutil.disk_usage(folder).free < 1 << 20
+        return "the disk is full" if full else f"a write was cut short ({text[:80]})"
     return error.strerror + named if getattr(error, "strerror", None) else text
 
 
