@@ -7,6 +7,7 @@ What a step is stands in :mod:`refine.method`, what the phases do in :mod:`refin
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -57,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         sentence = f"{why(error)}" if isinstance(error, OSError) and error.errno else str(error)
         return _say(sentence, run, 2)
     except TrainingStopped as error:
-        return _say(str(error), run, 1)
+        there = run[0].whole_checkpoints() if run else ""
+        return _say(f"{error}; {there}; go on from one with --resume_from_checkpoint FOLDER", run, 1)
     except ValueError as error:  # of the model or the method, about what it was given
         return _say(str(error), run, 1 if run and run[0].begun else 2)
     except (KeyboardInterrupt, Terminated) as error:
@@ -114,6 +116,7 @@ class _Run:
         self.between = (
             False  # the weights are amid an update: the optimizer has begun, the counters have not moved
         )
+        self.rotation_is_due = False
         self.tracker: Tracker | None = None
 
     def go(self) -> Path:
@@ -235,12 +238,14 @@ class _Run:
             self.count(metrics, time.perf_counter() - began)
             self.position = self.stream.state_dict()
             self.between = False
+            self.rotate(proven=not metrics["skipped"])
             self.record(metrics, mini_batch, last)
             show(bar, metrics, counters)
             if self.skipped_in_a_row >= settings.max_skipped_updates:
                 raise TrainingStopped(
                     f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient "
-                    f"(max_skipped_updates); stopped at update {counters['step']}"
+                    f"(max_skipped_updates; is learning_rate={settings.learning_rate:g} too large?); stopped at "
+                    f"update {counters['step']}"
                 )
             left = settings.max_steps - counters["step"]
             if self.held_out and settings.eval_steps and counters["step"] % settings.eval_steps == 0 < left:
@@ -284,8 +289,15 @@ class _Run:
             measured = evaluate_held_out(self.model, self.held_out, self.settings, seed=self.settings.seed)
             return measured | self.phase.measure(self.held_out)
 
+    def rotate(self, proven: bool) -> None:
+        """Remove old checkpoints once the newest has proven good: an update from it, or an evaluation, was finite.
+        So a model that the last update ruined pushes no good one out."""
+        if proven and self.rotation_is_due and self.world.is_main:
+            self.folder.rotate(self.settings.save_total_limit)
+            self.rotation_is_due = False
+
     def save(self) -> None:
-        """A checkpoint of the last whole update. While updates are being skipped no older one is removed."""
+        """A checkpoint of the last whole update."""
         step, settings = self.counters["step"], self.settings
         state = {
             "schedule": self.schedule.state_dict(),
@@ -300,13 +312,14 @@ class _Run:
         except checkpoint.NotFiniteError as error:
             raise TrainingStopped(
                 f"after update {step} {error} is not finite (is learning_rate={settings.learning_rate:g} or "
-                f"weight_decay={settings.weight_decay:g} too large?); this model is not saved"
+                f"weight_decay={settings.weight_decay:g} too large?); it is not saved"
             ) from error
         except checkpoint.CheckpointError as error:
             raise checkpoint.CheckpointError(f"{error}; {self.folder.whole_checkpoints()}") from error
         self.saved_step = step
         if self.world.is_main:
-            self.folder.wrote(path, None if self.skipped_in_a_row else settings.save_total_limit)
+            self.folder.wrote(path)
+            self.rotation_is_due = True
             size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
             tqdm.write(f"saved {path} ({size:.0f} MB, {time.perf_counter() - began:.1f} s)")
 
@@ -327,11 +340,12 @@ class _Run:
         if self.held_out:
             after = self.evaluate()
             self.log(after)
+        self.rotate(proven=after is None or all(map(math.isfinite, after.values())))
         final = self.folder.path / "final"
         try:
             checkpoint.save_folder(final, self.model, self.tokenizer, world=self.world)
         except checkpoint.NotFiniteError as error:
-            raise TrainingStopped(f"{error} is not finite; this model is not saved") from error
+            raise TrainingStopped(f"{error} is not finite; the model is not saved") from error
         self.close()
         if self.tracker is not None:
             plots = self._draw()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from refine.training.parts import packaged_model
 from transformers import AutoTokenizer
 
+from refine.prepare import packaged_model
 from tests.refine.tiny import FAMILIES, tiny_model
 
 pytest.importorskip("lm_eval")

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from refine.training.parts import packaged_model
 from transformers import AutoTokenizer
 
 import refine
+from refine.prepare import packaged_model
 from tests.refine.tiny import FAMILIES, tiny_model
 
 trl = pytest.importorskip("trl", exc_type=ImportError)
