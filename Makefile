@@ -46,7 +46,7 @@ reproduce-small: setup
 
 # The recipe of the model inside the package: tokenizer, next-token training, float16 weights, report.
 pretrain-tiny: setup
-	$(BIN)/python -m refine.training.tokenizer --output_dir runs/tiny-tokenizer
+	$(BIN)/python -m refine.data.tokenizer --output_dir runs/tiny-tokenizer
 	$(BIN)/python -m refine.train --config configs/pretrain_tiny_1.yaml --overwrite_output_dir
 	$(BIN)/python -m refine.train --config configs/pretrain_tiny_2.yaml --overwrite_output_dir
 	$(BIN)/python -m refine.models.export --model runs/pretrain-tiny-2/final --output_dir runs/tiny-delta-net

@@ -156,8 +156,8 @@ def _ratios(options) -> dict[str, float]:
 
 def run_one(options, arm: str, seed: int, steps: int) -> int:
     """Train one arm and measure it; ``before`` is measured as it is, ``timing`` times all arms' updates."""
+    from refine.prepare import packaged_model
     from refine.train import train
-    from refine.training.parts import packaged_model
     from refine.training.settings import TrainSettings
 
     folder = _folder(options, arm, seed, steps)
@@ -235,12 +235,10 @@ def _documents(tokenizer) -> list:
     """Batches of one held-out document each, of 2 x LENGTH tokens, none of which an arm has read."""
     from itertools import islice
 
-    from refine.training.data import held_out_stream
-    from refine.training.parts import data_config
-    from refine.training.settings import TrainSettings
+    from refine.data.stream import DataConfig, held_out_stream
 
-    settings = TrainSettings(dataset_name_or_path="default", max_length=2 * LENGTH, min_length=2 * LENGTH)
-    return list(islice(held_out_stream(data_config(settings), tokenizer).batches(1), DOCUMENTS))
+    config = DataConfig(dataset_name_or_path="default", max_length=2 * LENGTH, min_length=2 * LENGTH)
+    return list(islice(held_out_stream(config, tokenizer).batches(1), DOCUMENTS))
 
 
 def _greedy(model, ids, targets=None):

@@ -1,6 +1,7 @@
 """REFINE: reinforced fast weights with next-sequence prediction (arXiv 2602.16704)."""
 
-from refine.method import RefineConfig, RefineStepOutput, refine_step
+from refine.integrations.accelerate import accelerate_transformers
+from refine.method import RefineConfig, RefineStepOutput, branch_logprobs, generate_group, refine_step
 from refine.models import load_model
 
 __version__ = "0.1.0"
@@ -9,6 +10,9 @@ __all__ = [
     "RefineStepOutput",
     "RefineTrainer",
     "RefineTrainingArguments",
+    "accelerate_transformers",
+    "branch_logprobs",
+    "generate_group",
     "load_model",
     "refine_step",
 ]

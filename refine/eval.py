@@ -17,6 +17,9 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
+from refine.data.document import DataError
+from refine.data.recall_documents import recall_items
+from refine.data.stream import DataConfig, held_out_stream
 from refine.evaluation.answers import answer_items
 from refine.evaluation.held_out import held_out_by_document
 from refine.evaluation.metrics import wilson_interval
@@ -38,10 +41,8 @@ from refine.evaluation.tasks.niah import NIAH_TASKS, SAMPLES, NiahGenerator, Tok
 from refine.evaluation.tasks.qa import qa_items
 from refine.evaluation.tasks.rows import BadRows, Columns
 from refine.evaluation.tasks.words import find_words
-from refine.training.data import DataError, held_out_stream
-from refine.training.parts import choose_device, data_config, load_parts
-from refine.training.recall import recall_items
-from refine.training.settings import SettingsError, TrainSettings
+from refine.prepare import check_environment, choose_device, load_model_and_tokenizer, try_reward
+from refine.settings import SettingsError
 
 DOCUMENTS = 96  # of a measure
 COPY_DISTANCES = (32, 64, 128)
@@ -69,9 +70,10 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         SettingsError, DataError, PredictionsError, FileNotFoundError: something about the settings, the data,
             the model or earlier predictions is wrong; raised before any answer.
     """
-    loading = _loading(settings)
-    device = choose_device(loading)
-    model, tokenizer = load_parts(loading, None)
+    check_environment()
+    device = choose_device(settings.device)
+    model, tokenizer = load_model_and_tokenizer(settings)
+    try_reward(settings, model.config.hidden_size)
     model.to(device).eval()
     bad = BadRows()
     items = _items(settings, tokenizer, bad)
@@ -85,7 +87,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     if predictions.lines:
         print(f"going on: {len(predictions.lines)} of {len(items)} samples are answered")
 
-    results, intervals = _measure(model, tokenizer, settings, loading)
+    results, intervals = _measure(model, tokenizer, settings)
     for name, value in results.items():
         print(f"{name:<28}{value:>12,}" if isinstance(value, int) else f"{name:<28}{value:>12.4f}")
 
@@ -102,7 +104,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         intervals[score.name] = score.interval
 
     record = {
-        "model": settings.model,
+        "model": settings.model_name_or_path,
         "results": results,
         "intervals": intervals,
         "scores": score_records(scores),
@@ -115,19 +117,6 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     if folder is not None:
         _write(folder, record, lines)
     return record
-
-
-def _loading(settings: EvalSettings) -> TrainSettings:
-    """The part that training knows how to do: load a model, read a held-out text."""
-    names = {f.name for f in dataclasses.fields(TrainSettings)} & {
-        f.name for f in dataclasses.fields(settings)
-    }
-    given = {name: getattr(settings, name) for name in names - {"output_dir", "overwrite_output_dir"}}
-    return TrainSettings(
-        **given,
-        model_name_or_path=settings.model,
-        eval_dataset_name_or_path=settings.dataset_name_or_path,
-    )
 
 
 def _items(settings: EvalSettings, tokenizer, bad: BadRows) -> list[Item]:
@@ -166,13 +155,13 @@ def _identity(settings: EvalSettings, model) -> dict[str, Any]:
     return chosen | {"sources": sources}
 
 
-def _measure(model, tokenizer, settings: EvalSettings, loading: TrainSettings) -> tuple[dict, dict]:
+def _measure(model, tokenizer, settings: EvalSettings) -> tuple[dict, dict]:
     """The measures asked for, and their 95 % intervals."""
     results: dict[str, float] = {}
     intervals: dict[str, tuple[float, float]] = {}
     count = settings.samples or DOCUMENTS
     if "held_out" in settings.tasks:
-        stream = held_out_stream(data_config(loading), tokenizer)
+        stream = held_out_stream(_held_out_text(settings), tokenizer)
         documents = islice(stream.batches(1), count)
         results, intervals = held_out_by_document(model, documents, settings, settings.seed)
     if "copying" in settings.tasks:
@@ -188,6 +177,20 @@ def _measure(model, tokenizer, settings: EvalSettings, loading: TrainSettings) -
             }
             intervals[f"recall_{tokens}_accuracy"] = wilson_interval(found["recall_accuracy"], count)
     return results, intervals
+
+
+def _held_out_text(settings: EvalSettings) -> DataConfig:
+    """What the measure ``held_out`` reads: all of the text named, or what is held out of the default text."""
+    return DataConfig(
+        dataset_name_or_path=settings.dataset_name_or_path,
+        dataset_config=settings.dataset_config,
+        dataset_split=settings.dataset_split,
+        text_column=settings.text_column,
+        eval_dataset_name_or_path=settings.dataset_name_or_path,
+        max_length=settings.max_length,
+        min_length=settings.min_tokens,
+        seed=settings.seed,
+    )
 
 
 def _recall(model, tokenizer, seed: int, count: int, tokens: int) -> dict[str, float]:

@@ -17,6 +17,8 @@ from typing import Protocol
 
 import torch
 
+from refine.models import MODELS
+from refine.models.causal_lm import FastWeightForCausalLM
 from refine.models.head import HiddenOnly, TokenLogprob
 from refine.models.state import FastWeightState
 
@@ -49,6 +51,19 @@ class Reading(Protocol):
         """
 
 
+def check_model(model: torch.nn.Module, caller: str) -> None:
+    """Only states of this package's models can be branched.
+
+    Raises:
+        TypeError: the model is of another kind.
+    """
+    if not any(isinstance(module, FastWeightForCausalLM) for module in model.modules()):
+        raise TypeError(
+            f"{caller} needs a fast-weight model of this package ({', '.join(sorted(MODELS))}; see "
+            f"refine.load_model), whose state can be branched; got {type(model).__name__}"
+        )
+
+
 def read_branches(
     model: torch.nn.Module,
     state: FastWeightState,  # of M branches, before their first token
@@ -65,4 +80,4 @@ def read_branches(
     predicted = model(tokens, past_key_values=state, use_cache=False, head=HiddenOnly()).last_hidden_state
     predicting = torch.cat([context[:, None], predicted[:, :-1]], dim=1)  # [M, k, D]
     scored = model(hidden_states=predicting, head=head)
-    return predicted, scored.logprob, scored.entropy if head.entropy else None
+    return predicted, scored.logprob, scored.entropy.detach() if head.entropy else None

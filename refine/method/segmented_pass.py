@@ -56,7 +56,7 @@ class SegmentedPass:
         if segment_length < MIN_SEGMENT:
             raise ValueError(f"segment_length must be at least {MIN_SEGMENT}, got {segment_length}")
         tokens, device = labelled.input_ids.shape[1], labelled.input_ids.device
-        longest = int(_over_processes(torch.tensor(tokens, device=device), "MAX"))
+        longest = int(over_processes(torch.tensor(tokens, device=device), "MAX"))
         if longest > tokens:
             fill = zip(labelled, (0, -100, 0))
             labelled = LabelledTokens(
@@ -103,7 +103,7 @@ class SegmentedPass:
             old_logprobs=old_logprobs.view(shape),
             predicted=predicted.view(*shape, -1),
             true=true.view(*shape, -1)[:, :, 0],
-            entropy=entropy.view(shape) if config.rollout_stop_entropy is not None else None,
+            entropy=entropy.view(shape) if config.needs_entropy else None,
         )
 
     # ---- reading --------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class SegmentedPass:
             if sample:
                 seeds = seed[mine] if len(mine) else seed[:1]
                 tokens = sample_rollouts(model, state, context, seeds, config.temperature)
-            head = TokenLogprob(tokens, config.temperature, config.rollout_stop_entropy is not None)
+            head = TokenLogprob(tokens, config.temperature, config.needs_entropy)
             predicted, logprob, entropy = read_branches(model, state, context, tokens, head)
             if len(mine):
                 branched.tokens[mine] = tokens
@@ -204,7 +204,7 @@ class SegmentedPass:
         """Whether to make a call: where calls must agree among processes, all make it or none."""
         if self._context is not None:
             return count > 0
-        return int(_over_processes(torch.tensor(count, device=self._labelled.input_ids.device), "MAX")) > 0
+        return int(over_processes(torch.tensor(count, device=self._labelled.input_ids.device), "MAX")) > 0
 
     # ---- the gradient ---------------------------------------------------------------------------------------
 
@@ -350,7 +350,7 @@ def _reduced_once(model: torch.nn.Module, last: bool) -> contextlib.AbstractCont
     return model.no_sync()
 
 
-def _over_processes(value: torch.Tensor, operation: str) -> torch.Tensor:
+def over_processes(value: torch.Tensor, operation: str) -> torch.Tensor:
     """The value over all processes, where there are several."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(value, getattr(dist.ReduceOp, operation))

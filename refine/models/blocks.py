@@ -54,6 +54,26 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+class ZeroCentredRMSNorm(RMSNorm):
+    """``x / rms(x) * (1 + weight)`` over the last dimension, in float32 at least."""
+
+    def __init__(self, size: int, eps: float = 1e-6):
+        super().__init__(size, eps)
+        self.reset_own_parameters()
+
+    def reset_own_parameters(self) -> None:
+        """Weight 0, unless it has been loaded."""
+        if not is_loaded(self.weight):
+            nn.init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        weight = 1.0 + self.weight.to(exact)
+        if x.device.type == "cuda":
+            return _fla("layernorm", "rms_norm")(x, weight, None, eps=self.eps)
+        return F.rms_norm(x.to(exact), weight.shape, weight, self.eps).to(x.dtype)
+
+
 class GatedRMSNorm(RMSNorm):
     """``RMSNorm(x) * silu(gate)``."""
 
@@ -88,18 +108,26 @@ class ShortConvolution(nn.Module):
         tail: torch.Tensor | None = None,  # [N, W-1, D]
         layout: BatchLayout | None = None,
     ) -> torch.Tensor:  # [B, T, D]
-        if layout is not None and layout.packed:
-            joined, token, _ = join_tails(x, tail, layout, self.width - 1)
-            return self._convolve(joined).index_select(1, token)
-        if tail is not None:
-            return self._convolve(torch.cat([tail.to(x.dtype), x], dim=1))[:, self.width - 1 :]
-        return self._convolve(x)
+        return causal_convolution(x, self.weight.squeeze(1), tail, layout)
 
-    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.squeeze(1).to(x.dtype)
-        if x.device.type == "cuda":
-            return _fla("convolution", "causal_conv1d")(x, weight, activation="silu")[0]
-        return _ConvolutionSiLU.apply(x, weight)
+
+def causal_convolution(
+    x: torch.Tensor,  # [B, T, D]
+    weight: torch.Tensor,  # [D, W]
+    tail: torch.Tensor | None = None,  # [N, W-1, D], what came before the first token of a sequence
+    layout: BatchLayout | None = None,
+) -> torch.Tensor:  # [B, T, D]
+    """The function of :class:`ShortConvolution`."""
+    count = weight.shape[1] - 1
+    if layout is not None and layout.packed:
+        joined, token, _ = join_tails(x, tail, layout, count)
+        return causal_convolution(joined, weight).index_select(1, token)
+    if tail is not None:
+        return causal_convolution(torch.cat([tail.to(x.dtype), x], dim=1), weight)[:, count:]
+    weight = weight.to(x.dtype)
+    if x.device.type == "cuda":
+        return _fla("convolution", "causal_conv1d")(x, weight, activation="silu")[0]
+    return _ConvolutionSiLU.apply(x, weight)
 
 
 def join_tails(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.generation import GenerationMixin
 
-from refine.models.body import FastWeightModel, FastWeightPreTrainedModel
+from refine.models.body import FastWeightModel, FastWeightPreTrainedModel, weights_drawn_outside
 from refine.models.config import FastWeightConfig
 from refine.models.head import HeadRequest
 from refine.models.names import refuse_unknown
@@ -24,15 +24,21 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
 
     Attributes:
         body_class: what turns tokens into hidden states; ``model.model`` is one.
+        skipped_weights: prefix of names -> what it is, for parts of checkpoints beside the language model, which
+            are not loaded.
+        left_in_checkpoint: (where it was loaded from, the parts that were not loaded), where there are any.
     """
 
     body_class: ClassVar[type[FastWeightModel]]
+    skipped_weights: ClassVar[dict[str, str]] = {}
+    left_in_checkpoint: tuple[str, str] | None = None
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
     accepts_loss_kwargs = True  # a Trainer may hand over num_items_in_batch
 
     def __init__(self, config: FastWeightConfig):
         super().__init__(config)
-        self.model = self.body_class(config, draw_weights=False)
+        with weights_drawn_outside():
+            self.model = self.body_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 

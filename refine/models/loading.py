@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, logging
 
 from refine.models.causal_lm import FastWeightForCausalLM
 from refine.models.initialization import mimetic_init_
@@ -44,9 +47,11 @@ def load_model(path_or_name: str | Path, **overrides) -> FastWeightForCausalLM:
     config = config_class.from_dict(keys | overrides)
     loading.setdefault("dtype", "auto")
     loading.setdefault("use_safetensors", True)
-    model, info = model_class.from_pretrained(
-        path_or_name, config=config, output_loading_info=True, **loading
-    )
+    with _without_report():  # it is told here
+        model, info = model_class.from_pretrained(
+            path_or_name, config=config, output_loading_info=True, **loading
+        )
+    info["unexpected_keys"] = _without_skipped(model, path_or_name, info["unexpected_keys"])
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(name) for name in info[kind])
         if config.tie_word_embeddings:
@@ -59,13 +64,42 @@ def load_model(path_or_name: str | Path, **overrides) -> FastWeightForCausalLM:
     return model
 
 
+def _without_skipped(model: FastWeightForCausalLM, path_or_name: str | Path, names) -> list[str]:
+    """The names but for those of parts that this model leaves in the checkpoint, which are told once."""
+    left: dict[str, int] = {}
+    rest = []
+    for name in map(str, names):
+        part = next((part for prefix, part in model.skipped_weights.items() if name.startswith(prefix)), None)
+        if part is None:
+            rest.append(name)
+        else:
+            left[part] = left.get(part, 0) + 1
+    if left:
+        parts = " and ".join(f"{part} ({count} tensors)" for part, count in sorted(left.items()))
+        warnings.warn(f"{path_or_name}: only the language model is loaded, not {parts}", stacklevel=3)
+        model.left_in_checkpoint = (str(path_or_name), parts)
+    return rest
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """``transformers`` prints a table of names when it loads; errors are still printed."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def new_model(
     model_type: str, *, seed: int = 0, mimetic_init: bool = False, **settings
 ) -> FastWeightForCausalLM:
     """A freshly initialised model of the given type.
 
     Args:
-        model_type: ``delta_net``, ``gated_deltanet`` or ``lact_swiglu`` (``lact`` for short).
+        model_type: ``delta_net``, ``gated_deltanet``, ``lact_swiglu`` (``lact`` for short), ``qwen3_5``,
+            ``qwen3_5_moe``, ``qwen3_next`` or ``olmo_hybrid``.
         seed: of the random weights; torch's global generator is left as it is.
         mimetic_init: begin near in-context recall, see :mod:`refine.models.initialization`.
         **settings: of the model's configuration.

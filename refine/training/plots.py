@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from refine.training.tracking import read_metrics
 
 _INK, _PALE, _SECOND = "#1f4e79", "#9dbbd8", "#c0504d"
 
 
+def import_pyplot() -> Any:
+    """``matplotlib.pyplot`` that draws into files, whatever the environment (a notebook's) asks for.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    with _variable("MPLBACKEND", "agg"):
+        import matplotlib
+
+        matplotlib.use("agg")
+        import matplotlib.pyplot
+
+        return matplotlib.pyplot
+
+
 def draw_plots(output_dir: Path) -> list[Path]:
     """Draw ``loss.png`` and, where there were rollouts, ``reward.png``; returns what was drawn.
 
-    Without matplotlib nothing is drawn and the list is empty.
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: a picture cannot be written.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return []
+    plt = import_pyplot()
     lines = read_metrics(output_dir / "metrics.jsonl")
     drawn = []
     for name, train_key, eval_key, label in (
@@ -46,6 +60,20 @@ def draw_plots(output_dir: Path) -> list[Path]:
         plt.close(figure)
         drawn.append(output_dir / f"{name}.png")
     return drawn
+
+
+@contextmanager
+def _variable(name: str, value: str):
+    """An environment variable for a moment."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from refine_kernels.linear_logprob.philox import gumbel, row_seeds
+from refine_kernels.precision import accumulation_dtype, no_autocast
 
 
 class LinearLogprobOutput(NamedTuple):
@@ -135,8 +136,8 @@ def _logits(
     bias: torch.Tensor | None,  # [V]
     logit_softcap: float | None,
 ) -> torch.Tensor:  # [..., V]
-    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    dtype = accumulation_dtype(x, weight)
+    with no_autocast(x):
         z = x.to(dtype) @ weight.to(dtype).t()
     if bias is not None:
         z = z + bias.to(dtype)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from refine.training.parts import packaged_model
+from refine.prepare import packaged_model
 from tests.refine.tiny import FAMILIES, tiny_model
 
 pytest.importorskip("lm_eval")

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 import refine
-from refine.training.parts import packaged_model
+from refine.prepare import packaged_model
 from tests.refine.tiny import FAMILIES, tiny_model
 
 trl = pytest.importorskip("trl", exc_type=ImportError)

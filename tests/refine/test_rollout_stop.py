@@ -11,7 +11,8 @@ from refine import RefineConfig, refine_step
 from refine.method.objective import group_advantages, policy_loss
 from refine.method.rewards import binary, cosine
 from refine.method.rollouts import Rollouts, rollout_lengths
-from refine.training.settings import SettingsError, parse_settings
+from refine.settings import SettingsError
+from refine.training.settings import parse_settings
 from tests.numerics import assert_close
 from tests.refine.tiny import FAMILIES, VOCABULARY, ragged_batch, tiny_model
 
