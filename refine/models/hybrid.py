@@ -46,6 +46,7 @@ class HybridConfig:
         "output_router_logits": (False, None),
         "quantization_config": (None,),
     }
+    keys_to_ignore_at_inference: ClassVar[list[str]] = FastWeightConfig.keys_to_ignore_at_inference
 
     def __init__(self, **settings):
         for key, implemented in self.only_implemented.items():
