@@ -1,9 +1,9 @@
 """fla's delta rules for CPU tensors.
 
-flash-linear-attention computes with Triton alone, so on a CPU its ops end in ``0 active drivers``, and with them every
-model that calls them: transformers' Qwen3-Next, Qwen3.5 and OLMo-hybrid do as soon as fla is installed. After
-:func:`register_with_fla` those calls are ours where the tensors are on a CPU, forward and backward; tensors elsewhere
-go to fla's kernels as before.
+flash-linear-attention computes with Triton alone, so on a CPU its ops end in ``0 active drivers``, and with them
+every model that calls them: transformers' Qwen3-Next, Qwen3.5 and OLMo-hybrid do as soon as fla is installed. After
+:func:`register_with_fla` those calls are ours where the tensors are on a CPU, forward and backward; tensors
+elsewhere go to fla's kernels as before.
 
 fla's registry of backends serves ``chunk_gated_delta_rule``. The other three ops have no entry there in 0.6; their
 autograd functions are replaced, which reaches callers that imported the ops earlier, too.
