@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable
 
-.PHONY: setup train test test-all lint format bench reproduce-small pretrain-tiny clean
+.PHONY: setup train test test-all test-releases lint format bench reproduce-small pretrain-tiny clean
 
 setup: $(VENV)/.installed
 
@@ -33,6 +33,10 @@ test: lint
 test-all: lint
 	$(PYTEST)
 
+# The suite in throw-away environments with the oldest and the newest releases; about ten minutes each.
+test-releases: setup
+	$(BIN)/python -m tests.releases
+
 bench: setup
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
@@ -42,7 +46,7 @@ reproduce-small: setup
 
 # The recipe of the model inside the package: tokenizer, next-token training, float16 weights, report.
 pretrain-tiny: setup
-	$(BIN)/python -m refine.training.tokenizer --output_dir runs/tiny-tokenizer
+	$(BIN)/python -m refine.data.tokenizer --output_dir runs/tiny-tokenizer
 	$(BIN)/python -m refine.train --config configs/pretrain_tiny_1.yaml --overwrite_output_dir
 	$(BIN)/python -m refine.train --config configs/pretrain_tiny_2.yaml --overwrite_output_dir
 	$(BIN)/python -m refine.models.export --model runs/pretrain-tiny-2/final --output_dir runs/tiny-delta-net

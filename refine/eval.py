@@ -17,10 +17,12 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
+from refine.data.recall_documents import recall_items
+from refine.data.stream import DataConfig, held_out_stream
 from refine.evaluation.answers import answer_items
 from refine.evaluation.held_out import held_out_by_document
 from refine.evaluation.metrics import wilson_interval
-from refine.evaluation.predictions import Predictions, PredictionsError, fingerprint
+from refine.evaluation.predictions import RESULTS, Predictions, PredictionsError, check_folder, fingerprint
 from refine.evaluation.recall import evaluate_copying, evaluate_recall
 from refine.evaluation.report import (
     average_scores,
@@ -38,10 +40,16 @@ from refine.evaluation.tasks.niah import NIAH_TASKS, SAMPLES, NiahGenerator, Tok
 from refine.evaluation.tasks.qa import qa_items
 from refine.evaluation.tasks.rows import BadRows, Columns
 from refine.evaluation.tasks.words import find_words
-from refine.training.data import DataError, held_out_stream
-from refine.training.parts import choose_device, data_config, load_parts
-from refine.training.recall import recall_items
-from refine.training.settings import SettingsError, TrainSettings
+from refine.files import why, write_whole
+from refine.prepare import (
+    check_environment,
+    choose_device,
+    is_out_of_memory,
+    load_model_and_tokenizer,
+    try_reward,
+)
+from refine.settings import SettingsError
+from refine.signals import Terminated, name_and_code, terminations
 
 DOCUMENTS = 96  # of a measure
 COPY_DISTANCES = (32, 64, 128)
@@ -50,16 +58,24 @@ COPY_DISTANCES = (32, 64, 128)
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; 0 when it ended well, 2 with one sentence when it could not begin."""
     disable_progress_bar()  # of loading
+    code, sentence = 0, ""
     try:
-        settings = parse_settings(sys.argv[1:] if arguments is None else arguments)
-        evaluate(settings)
-    except (SettingsError, DataError, PredictionsError, FileNotFoundError) as error:
-        print(f"refine.eval: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("refine.eval: stopped; answers in output_dir are whole, go on with --resume", file=sys.stderr)
-        return 130
-    return 0
+        with terminations():
+            evaluate(parse_settings(sys.argv[1:] if arguments is None else arguments))
+    except OSError as error:
+        code, sentence = 2, why(error) if error.errno else str(error)
+    except ValueError as error:  # of settings, data, files, or of the model about what it was given
+        code, sentence = 2, str(error)
+    except (KeyboardInterrupt, Terminated) as error:
+        name, code = name_and_code(error)
+        sentence = f"stopped by {name}; answers that are in output_dir stay, go on with --resume"
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        code, sentence = 1, f"out of memory ({str(error).splitlines()[0]}). Try a smaller batch_size"
+    if sentence:
+        print(f"refine.eval: {sentence}", file=sys.stderr)
+    return code
 
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
@@ -69,15 +85,18 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         SettingsError, DataError, PredictionsError, FileNotFoundError: something about the settings, the data,
             the model or earlier predictions is wrong; raised before any answer.
     """
-    loading = _loading(settings)
-    device = choose_device(loading)
-    model, tokenizer = load_parts(loading, None)
+    check_environment()
+    folder = None if settings.output_dir is None else Path(settings.output_dir)
+    if folder is not None:
+        check_folder(folder, settings.resume, settings.overwrite_output_dir)
+    device = choose_device(settings.device)
+    model, tokenizer = load_model_and_tokenizer(settings)
+    try_reward(settings, model.config.hidden_size)
     model.to(device).eval()
     bad = BadRows()
     items = _items(settings, tokenizer, bad)
     for sentence in bad.describe():
         print(f"refine.eval: {sentence}", file=sys.stderr)
-    folder = None if settings.output_dir is None else Path(settings.output_dir)
     identity = _identity(settings, model) if items else {}
     predictions = Predictions(
         folder if items else None, identity, resume=settings.resume, overwrite=settings.overwrite_output_dir
@@ -85,7 +104,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     if predictions.lines:
         print(f"going on: {len(predictions.lines)} of {len(items)} samples are answered")
 
-    results, intervals = _measure(model, tokenizer, settings, loading)
+    results, intervals = _measure(model, tokenizer, settings)
     for name, value in results.items():
         print(f"{name:<28}{value:>12,}" if isinstance(value, int) else f"{name:<28}{value:>12.4f}")
 
@@ -102,7 +121,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         intervals[score.name] = score.interval
 
     record = {
-        "model": settings.model,
+        "model": settings.model_name_or_path,
         "results": results,
         "intervals": intervals,
         "scores": score_records(scores),
@@ -115,19 +134,6 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     if folder is not None:
         _write(folder, record, lines)
     return record
-
-
-def _loading(settings: EvalSettings) -> TrainSettings:
-    """The part that training knows how to do: load a model, read a held-out text."""
-    names = {f.name for f in dataclasses.fields(TrainSettings)} & {
-        f.name for f in dataclasses.fields(settings)
-    }
-    given = {name: getattr(settings, name) for name in names - {"output_dir", "overwrite_output_dir"}}
-    return TrainSettings(
-        **given,
-        model_name_or_path=settings.model,
-        eval_dataset_name_or_path=settings.dataset_name_or_path,
-    )
 
 
 def _items(settings: EvalSettings, tokenizer, bad: BadRows) -> list[Item]:
@@ -166,13 +172,13 @@ def _identity(settings: EvalSettings, model) -> dict[str, Any]:
     return chosen | {"sources": sources}
 
 
-def _measure(model, tokenizer, settings: EvalSettings, loading: TrainSettings) -> tuple[dict, dict]:
+def _measure(model, tokenizer, settings: EvalSettings) -> tuple[dict, dict]:
     """The measures asked for, and their 95 % intervals."""
     results: dict[str, float] = {}
     intervals: dict[str, tuple[float, float]] = {}
     count = settings.samples or DOCUMENTS
     if "held_out" in settings.tasks:
-        stream = held_out_stream(data_config(loading), tokenizer)
+        stream = held_out_stream(_held_out_text(settings), tokenizer)
         documents = islice(stream.batches(1), count)
         results, intervals = held_out_by_document(model, documents, settings, settings.seed)
     if "copying" in settings.tasks:
@@ -188,6 +194,20 @@ def _measure(model, tokenizer, settings: EvalSettings, loading: TrainSettings) -
             }
             intervals[f"recall_{tokens}_accuracy"] = wilson_interval(found["recall_accuracy"], count)
     return results, intervals
+
+
+def _held_out_text(settings: EvalSettings) -> DataConfig:
+    """What the measure ``held_out`` reads: all of the text named, or what is held out of the default text."""
+    return DataConfig(
+        dataset_name_or_path=settings.dataset_name_or_path,
+        dataset_config=settings.dataset_config,
+        dataset_split=settings.dataset_split,
+        text_column=settings.text_column,
+        eval_dataset_name_or_path=settings.dataset_name_or_path,
+        max_length=settings.max_length,
+        min_length=settings.min_tokens,
+        seed=settings.seed,
+    )
 
 
 def _recall(model, tokenizer, seed: int, count: int, tokens: int) -> dict[str, float]:
@@ -218,13 +238,14 @@ def _say_counts(scores, bad: BadRows, trainer) -> None:
 def _write(folder: Path, record: dict[str, Any], lines: list[dict[str, Any]]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "results.json.partial"
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / "results.json")
+        write_whole(folder / RESULTS, json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise PredictionsError(f"output_dir {str(folder)!r} cannot be written: {why(error)}") from error
+    try:
         if draw_heat_maps(lines, folder / "niah.png"):
             print(f"picture  {folder / 'niah.png'}")
-    except OSError as error:
-        raise PredictionsError(f"output_dir {str(folder)!r} cannot be written: {error.strerror}") from error
+    except Exception as error:  # no picture is worth an evaluation
+        print(f"no picture: {type(error).__name__}: {why(error)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

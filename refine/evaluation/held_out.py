@@ -8,8 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from refine.method.config import RefineConfig
-from refine.method.step import next_token_targets, refine_step
+from refine.method import RefineConfig, next_token_targets, refine_step
 from refine.models.head import SampleToken
 from refine_kernels.linear_logprob import mix_seeds
 

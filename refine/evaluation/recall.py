@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 import torch
 
+from refine.data.recall_documents import RecallItem
 from refine.models.head import SampleToken
-from refine.training.recall import RecallItem
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ class TokenLogprob:
     """``logprob`` [B, T] float32 of ``targets`` [B, T] under softmax(logits / temperature); differentiable.
 
     Attributes:
-        entropy: also return ``entropy`` [B, T] float32 of the same distributions (without a gradient).
+        entropy: also return ``entropy`` [B, T] float32 of the same distributions; differentiable too.
     """
 
     targets: torch.Tensor
@@ -72,7 +72,7 @@ class TokenLogprob:
         )
         if not self.entropy:
             return {"logprob": out.logprob}
-        return {"logprob": out.logprob, "entropy": out.entropy.detach()}
+        return {"logprob": out.logprob, "entropy": out.entropy}
 
 
 @dataclass(frozen=True)

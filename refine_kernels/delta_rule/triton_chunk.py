@@ -1,5 +1,9 @@
 """The delta rule over chunks of tokens, in Triton: backend ``"triton"`` of ``chunk_delta_rule``.
 
+Value heads may be a multiple of key heads: programs go by value heads, ``REPEAT`` neighbours of which read the rows
+of one q and k where they lie. In shapes here HV counts value heads and H key heads; in the kernels H counts value
+heads. Only the gradients of q and k are written by value heads first, in float32, and summed over each group.
+
 The mathematics and its letters are those of ``chunked.py``; README.md counts what each kernel moves. Forward,
 two launches: ``inverse_kernel`` (all chunks at once) writes the unit lower triangular M and the running sums of
 the decays, ``scan_kernel`` (chunk after chunk, one program per head and block of V) keeps S on the chip and emits
@@ -51,10 +55,10 @@ from refine_kernels.delta_rule.triton_scan import inverse_kernel, join_kernel, r
 def forward(
     q: torch.Tensor,  # [B, T, H, K]
     k: torch.Tensor,  # [B, T, H, K]
-    v: torch.Tensor,  # [B, T, H, V]
-    beta: torch.Tensor,  # [B, T, H]
-    g: torch.Tensor | None,  # [B, T, H]
-    initial_state: torch.Tensor | None,  # [N, H, K, V]
+    v: torch.Tensor,  # [B, T, HV, V]
+    beta: torch.Tensor,  # [B, T, HV]
+    g: torch.Tensor | None,  # [B, T, HV]
+    initial_state: torch.Tensor | None,  # [N, HV, K, V]
     cu_seqlens: torch.Tensor | None,  # [N + 1]
     scale: float,
     l2norm: bool,
@@ -66,7 +70,8 @@ def forward(
     ``chunked.forward``. ``kept`` holds the running sums of g, U and M."""
     q, k, v, beta, g, initial_state, cu_seqlens = _contiguous(q, k, v, beta, g, initial_state, cu_seqlens)
     plan = _plan(q, v, g is not None, l2norm, cu_seqlens)
-    (b, _, h, kd), vd = q.shape, v.shape[-1]
+    b, _, h, vd = v.shape
+    kd = q.shape[-1]
     most = 0
     if state_stride:
         longest = q.shape[1] if cu_seqlens is None else int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
@@ -75,7 +80,7 @@ def forward(
     new_states = torch.empty if cu_seqlens is None else torch.zeros  # some places are nobody's
     states = new_states(plan.rows, most, h, kd, vd, dtype=torch.float32, device=q.device)
     final_state = states.new_empty(plan.rows if output_final_state else 0, h, kd, vd)
-    groups = checkpoint_count(q, cu_seqlens) if for_backward else 0
+    groups = checkpoint_count(v, cu_seqlens) if for_backward else 0
     checkpoints = new_states(groups, b, h, kd, vd, dtype=torch.float32, device=q.device)
     kept = q.new_empty(kept_count(q, v, g) if for_backward else 0)
     if b * h == 0:
@@ -84,7 +89,7 @@ def forward(
         decays, u, inverse = _kept(kept, v, plan, g is not None)
     else:
         decays = None if g is None else g.new_empty(2, *g.shape, dtype=torch.float32)
-        u, inverse = None, q.new_empty(*q.shape[:3], plan.chunk)
+        u, inverse = None, q.new_empty(*v.shape[:3], plan.chunk)
     given = {"k": k, "beta": beta, "inverse": inverse, "decays": decays}
     plan.launch(inverse_kernel, plan.chunks * h, plan.tiles.inverse, g=g, owners=plan.chunk_owners, **given)
     given |= {"v": v, "scale": scale}
@@ -108,29 +113,30 @@ def forward(
 def backward(
     q: torch.Tensor,  # [B, T, H, K]
     k: torch.Tensor,  # [B, T, H, K]
-    v: torch.Tensor,  # [B, T, H, V]
-    beta: torch.Tensor,  # [B, T, H]
-    g: torch.Tensor | None,  # [B, T, H]
-    initial_state: torch.Tensor | None,  # [N, H, K, V]
+    v: torch.Tensor,  # [B, T, HV, V]
+    beta: torch.Tensor,  # [B, T, HV]
+    g: torch.Tensor | None,  # [B, T, HV]
+    initial_state: torch.Tensor | None,  # [N, HV, K, V]
     cu_seqlens: torch.Tensor | None,  # [N + 1]
-    checkpoints: torch.Tensor,  # [checkpoint_count, B, H, K, V]
+    checkpoints: torch.Tensor,  # [checkpoint_count, B, HV, K, V]
     kept: torch.Tensor,  # [kept_count]
-    o: torch.Tensor | None,  # [B, T, H, V], with l2norm
-    d_o: torch.Tensor | None,  # [B, T, H, V]
-    d_final: torch.Tensor | None,  # [N, H, K, V]
-    d_states: torch.Tensor | None,  # [N, ceil(longest / state_stride), H, K, V]
+    o: torch.Tensor | None,  # [B, T, HV, V], with l2norm
+    d_o: torch.Tensor | None,  # [B, T, HV, V]
+    d_final: torch.Tensor | None,  # [N, HV, K, V]
+    d_states: torch.Tensor | None,  # [N, ceil(longest / state_stride), HV, K, V]
     scale: float,
     l2norm: bool,
     state_stride: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v, beta, g (length 0 without g) and of the initial state [N, H, K, V]."""
+    """Gradients of q, k, v, beta, g (length 0 without g) and of the initial state [N, HV, K, V]."""
     if d_o is None:
         d_o = torch.zeros_like(v)
     q, k, v, beta, g, cu_seqlens, o, d_o, d_final, d_states = _contiguous(
         q, k, v, beta, g, cu_seqlens, o, d_o, d_final, d_states
     )
     plan = _plan(q, v, g is not None, l2norm, cu_seqlens)
-    (b, _, h, kd), vd = q.shape, v.shape[-1]
+    b, _, h, vd = v.shape
+    kd = q.shape[-1]
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     d_initial = q.new_empty(plan.rows, h, kd, vd, dtype=torch.float32)
     if b * h == 0:
@@ -168,13 +174,18 @@ def backward(
     carry, tile = plan.tiles.carry, plan.tiles.gradient
     blocks = triton.cdiv(kd, tile.bk)
     sums = q.new_empty(blocks, 1 if g is None else 2, *beta.shape, dtype=torch.float32)
+    by_value_heads = [dq, dk]
+    if plan.repeat > 1:
+        by_value_heads = [q.new_empty(*v.shape[:3], kd, dtype=torch.float32) for _ in by_value_heads]
     plan.launch(
         gradient_kernel, (plan.groups if carry else plan.chunks) * h * blocks, tile, q=q, k=k, v=v,
         o=o if l2norm else None, u=u, beta=beta, decays=decays, kept=checkpoints if carry else chunk_states,
-        d_o=d_o, d_r=d_r, d_chunk_states=d_chunk_states, dq=dq, dk=dk, dv=dv, sums=sums,
-        owners=plan.group_owners if carry else plan.chunk_owners, scale=scale, SHARE=sums.stride(0),
+        d_o=d_o, d_r=d_r, d_chunk_states=d_chunk_states, dq=by_value_heads[0], dk=by_value_heads[1], dv=dv,
+        sums=sums, owners=plan.group_owners if carry else plan.chunk_owners, scale=scale, SHARE=sums.stride(0),
         GROUP=GROUP_TOKENS // plan.chunk if carry else 1,
     )  # fmt: skip
+    if plan.repeat > 1:
+        dq, dk = (x.unflatten(2, (-1, plan.repeat)).sum(3).to(q.dtype) for x in by_value_heads)
     dbeta = sums[:, 0].sum(0).to(beta.dtype)
     dg = q.new_empty(0) if g is None else sums[:, 1].sum(0).to(g.dtype)
     return dq, dk, dv, dbeta, dg, d_initial
@@ -190,23 +201,23 @@ def _join(plan: _Plan, maps: torch.Tensor, given: torch.Tensor | None, reverse: 
     return starts
 
 
-def checkpoint_count(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:  # [B, T, H, K], [N + 1]
+def checkpoint_count(v: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:  # [B, T, HV, V], [N + 1]
     """Room for the states that ``forward`` keeps, for whatever head size of the values. A bound for packed
     sequences that needs no look at the data."""
     if cu_seqlens is None:
-        return -(-q.shape[1] // GROUP_TOKENS)
-    return q.shape[1] // GROUP_TOKENS + cu_seqlens.shape[0] - 1
+        return -(-v.shape[1] // GROUP_TOKENS)
+    return v.shape[1] // GROUP_TOKENS + cu_seqlens.shape[0] - 1
 
 
 def kept_count(q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None) -> int:
     """Numbers of q's dtype that ``forward`` keeps for the backward beside states: with g its running sums, two
-    float32 a token and head; U [B, T, H, V] and M [B, T, H, C]."""
+    float32 a token and head; U [B, T, HV, V] and M [B, T, HV, C]."""
     tensor_memory = has_tensor_memory(q.device)
     tiles = choose_tiles(
         q.shape[-1], v.shape[-1], q.element_size(), g is not None, tensor_memory=tensor_memory
     )
     sums = 0 if g is None else _sums_count(v)
-    return sums + q.shape[0] * q.shape[1] * q.shape[2] * (v.shape[-1] + tiles.chunk)
+    return sums + v.shape[0] * v.shape[1] * v.shape[2] * (v.shape[-1] + tiles.chunk)
 
 
 def _sums_count(v: torch.Tensor) -> int:
@@ -236,7 +247,8 @@ class _Plan(NamedTuple):
 
     rows: int  # N
     tokens: int  # T
-    heads: int
+    heads: int  # of values
+    repeat: int  # value heads that share a key head
     kd: int
     vd: int
     all: int  # tokens x heads of all rows
@@ -260,24 +272,25 @@ class _Plan(NamedTuple):
     def launch(self, kernel, programs: int, tile: Tile | GradientTile, **given) -> None:
         """Start a kernel: tensors and numbers by name, what is not given is None, sizes are the tile's and ours."""
         sizes = {
-            "cu_seqlens": self.cu_seqlens, "T": self.tokens, "H": self.heads, "ALL": self.all,
-            "N_STATES": 0, "STRIDE": 1, "K": self.kd, "V": self.vd, "BK": block(self.kd), "BT": self.chunk,
-            "BJ": JOIN_ROWS, "GROUP": GROUP_TOKENS // self.chunk, "L2NORM": self.l2norm, "EPS": L2_NORM_EPS,
-            "PRECISION": self.precision,
+            "cu_seqlens": self.cu_seqlens, "T": self.tokens, "H": self.heads, "ALL": self.all, "N_STATES": 0,
+            "STRIDE": 1, "REPEAT": self.repeat, "K": self.kd, "V": self.vd, "BK": block(self.kd),
+            "BT": self.chunk, "BJ": JOIN_ROWS, "GROUP": GROUP_TOKENS // self.chunk, "L2NORM": self.l2norm,
+            "EPS": L2_NORM_EPS, "PRECISION": self.precision,
         }  # fmt: skip
         given = (
             sizes | {name.upper(): size for name, size in tile._asdict().items() if name[0] == "b"} | given
         )
-        kernel[(programs,)](
-            *(given.get(name) for name in kernel.arg_names),
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+        with torch.cuda.device_of(given["maps"] if given.get("k") is None else given["k"]):
+            kernel[(programs,)](
+                *(given.get(name) for name in kernel.arg_names),
+                num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
 
 
 def _plan(
     q: torch.Tensor, v: torch.Tensor, gated: bool, l2norm: bool, cu_seqlens: torch.Tensor | None
 ) -> _Plan:
-    (b, tokens, h, kd), vd = q.shape, v.shape[-1]
+    (b, tokens, h, vd), kd = v.shape, q.shape[-1]
     rows = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tensor_memory = has_tensor_memory(q.device)
     tiles = choose_tiles(kd, vd, q.element_size(), gated, few=rows * h < FEW, tensor_memory=tensor_memory)
@@ -287,8 +300,9 @@ def _plan(
     span = span_tokens(tokens, programs, program_slots(q.device), tiles.chunk)
     spans, span_owners = _places(tokens, b, span, cu_seqlens) if span else (0, None)
     return _Plan(
-        rows, tokens, h, kd, vd, b * tokens * h, cu_seqlens, tiles, tiles.chunk, chunks, chunk_owners,
-        groups, group_owners, span // tiles.chunk, spans, span_owners, l2norm, precision_of(q.dtype),
+        rows, tokens, h, h // max(q.shape[2], 1), kd, vd, b * tokens * h, cu_seqlens, tiles, tiles.chunk,
+        chunks, chunk_owners, groups, group_owners, span // tiles.chunk, spans, span_owners, l2norm,
+        precision_of(q.dtype),
     )  # fmt: skip
 
 

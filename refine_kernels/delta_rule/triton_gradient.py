@@ -13,8 +13,8 @@ from refine_kernels.delta_rule import triton_parts as parts
 
 @triton.jit(do_not_specialize=["T"])
 def gradient_kernel(
-    q,  # [B, T, H, K]
-    k,  # [B, T, H, K]
+    q,  # [B, T, H / REPEAT, K]
+    k,  # [B, T, H / REPEAT, K]
     v,  # [B, T, H, V]
     o,  # [B, T, H, V] or None without L2NORM
     u,  # [B, T, H, V]
@@ -24,7 +24,7 @@ def gradient_kernel(
     d_o,  # [B, T, H, V]
     d_r,  # [B, T, H, V]
     d_chunk_states,  # [places of chunks, H, K, V]
-    dq,  # [B, T, H, K]
+    dq,  # [B, T, H, K], shares of the value heads where several read one q and k
     dk,  # [B, T, H, K]
     dv,  # [B, T, H, V]
     sums,  # [blocks of K, 1 or, with g, 2, B, T, H] float32, shares of dbeta and dg
@@ -35,6 +35,7 @@ def gradient_kernel(
     H,
     ALL,
     SHARE,
+    REPEAT: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -80,12 +81,13 @@ def gradient_kernel(
         b_s = tl.load(p_kept + o_st, mask=(o_v < V)[:, None] & m_k[None, :], other=0).to(tl.float32)
 
     for i_c in range(first, chunks):
-        o_i, m_t, o_x = parts.tokens(length, i_c, H, BT, 0)
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 0)
         i_x = (begin + i_c * BT) * H + i_h
+        i_xk = i_x // REPEAT  # of the key head
         p_ds = d_chunk_states + ((i_place + i_c) * H + i_h) * (K * V)
         b_beta = tl.load(beta + i_x + o_x, mask=m_t, other=0).to(tl.float32)
-        b_nk = parts.row_norms(k + i_x * K, o_x, m_t, K, BK, L2NORM, EPS)
-        b_nq = parts.row_norms(q + i_x * K, o_x, m_t, K, BK, L2NORM, EPS)
+        b_nk = parts.row_norms(k + i_xk * K, o_xk, m_t, K, BK, L2NORM, EPS)
+        b_nq = parts.row_norms(q + i_xk * K, o_xk, m_t, K, BK, L2NORM, EPS)
         b_from = tl.full((BT,), 1.0, tl.float32)
         b_to = b_from
         if decays is not None:
@@ -107,7 +109,9 @@ def gradient_kernel(
             b_v = tl.load(v + i_x * V + o_xr, mask=m_r, other=0).to(tl.float32)
             b_rv = tl.sum(b_r * b_v, 1)
             b_dbeta += b_rv
-            tl.store(dv + i_x * V + o_xr, (b_beta[:, None] * b_r).to(dtype), mask=m_r & (i_k == 0))
+            tl.store(
+                dv + i_x * V + o_xr, (b_beta[:, None] * b_r).to(dtype), mask=tl.where(i_k == 0, m_r, False)
+            )
             if L2NORM:
                 b_v = tl.load(u + i_x * V + o_xr, mask=m_r, other=0).to(tl.float32)
                 b_kk += 2 * tl.sum(b_r * b_v, 1) - b_beta * b_rv
@@ -124,7 +128,7 @@ def gradient_kernel(
         if decays is not None:
             a_high = parts.again(b_high, i_c, 1)
             a_low = parts.again(b_low, i_c, 1)
-        o_i, m_t, o_x = parts.tokens(length, i_c, H, BT, 1)
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 1)
         m_tk = m_t[:, None] & m_k[None, :]
         m_p = o_i[:, None] >= o_i[None, :]
         b_p = tl.zeros((BT, BT), tl.float32)
@@ -135,16 +139,16 @@ def gradient_kernel(
             b_y = tl.load(d_o + i_x * V + o_xr, mask=m_r, other=0)
             b_u = tl.load(u + i_x * V + o_xr, mask=m_r, other=0)
             b_p = tl.dot(b_y, tl.trans(b_u), b_p, input_precision=PRECISION)
-        b_k = tl.load(k + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        b_k = tl.load(k + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
         b_p = tl.where(m_p, b_p * a_nk[None, :], 0.0)
         if decays is not None:
-            b_p *= parts.between_at_most_1(a_high[:, None], a_low[:, None], a_high[None, :], a_low[None, :])
-            b_q = tl.load(q + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+            b_p *= parts.between_unmasked(a_high[:, None], a_low[:, None], a_high[None, :], a_low[None, :])
+            b_q = tl.load(q + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
             b_f = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_p
             b_f = tl.where(o_i[:, None] > o_i[None, :], b_f * (a_nq * scale)[:, None], 0.0)
             b_dg = tl.sum(b_f, 1) - tl.sum(b_f, 0)
         b_w = b_p.to(dtype)
-        o_i, m_t, o_x = parts.tokens(length, i_c, H, BT, 6)
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 6)
         m_tk = m_t[:, None] & m_k[None, :]
         b_dx = tl.zeros((BT, BK), tl.float32)
         for i_v in range(NV + (i_c >> 30)):
@@ -156,16 +160,16 @@ def gradient_kernel(
             else:
                 b_h = b_s.to(dtype)
             b_dx = tl.dot(b_y, b_h, b_dx, input_precision=PRECISION)
-        b_q = tl.load(q + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        b_q = tl.load(q + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
         if decays is not None:
             b_dx *= a_from[:, None]
             b_dg += tl.sum(b_dx * b_q.to(tl.float32), 1) * a_nq * scale
         b_dx = tl.dot(b_w, b_k, b_dx, input_precision=PRECISION) * scale
         if L2NORM:
             b_dx = (b_dx - b_q.to(tl.float32) * (a_qq * a_nq)[:, None]) * a_nq[:, None]
-        o_i, m_t, o_x = parts.tokens(length, i_c, H, BT, 7)
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 7)
         m_tk = m_t[:, None] & m_k[None, :]
-        tl.store(dq + i_x * K + (o_x[:, None] * K + o_k[None, :]), b_dx.to(dtype), mask=m_tk)
+        tl.store(dq + i_x * K + (o_x[:, None] * K + o_k[None, :]), b_dx.to(dq.dtype.element_ty), mask=m_tk)
 
         # dk where it reads: -beta e^G dR' S^T + E K, E = beta dA
         a_nk = parts.again(b_nk, i_c, 2)
@@ -174,7 +178,7 @@ def gradient_kernel(
         if decays is not None:
             a_high = parts.again(b_high, i_c, 2)
             a_low = parts.again(b_low, i_c, 2)
-        o_i, m_t, o_x = parts.tokens(length, i_c, H, BT, 2)
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 2)
         m_tk = m_t[:, None] & m_k[None, :]
         m_p = o_i[:, None] > o_i[None, :]
         b_p = tl.zeros((BT, BT), tl.float32)
@@ -185,17 +189,17 @@ def gradient_kernel(
             b_y = tl.load(d_r + i_x * V + o_xr, mask=m_r, other=0)
             b_u = tl.load(u + i_x * V + o_xr, mask=m_r, other=0)
             b_p = tl.dot(b_y, tl.trans(b_u), b_p, input_precision=PRECISION)
-        b_k = tl.load(k + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        b_k = tl.load(k + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
         b_p = tl.where(m_p, -b_p * a_nk[None, :], 0.0)
         if decays is not None:
-            b_p *= parts.between_at_most_1(a_high[:, None], a_low[:, None], a_high[None, :], a_low[None, :])
+            b_p *= parts.between_unmasked(a_high[:, None], a_low[:, None], a_high[None, :], a_low[None, :])
         b_f = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_p * a_nk[:, None]
         b_dbeta += tl.sum(b_f, 1)
         if decays is not None:
             b_f *= a_beta[:, None]
             b_dg += tl.sum(b_f, 1) - tl.sum(b_f, 0)
         b_w = b_p.to(dtype)
-        o_i, m_t, o_x = parts.tokens(length, i_c, H, BT, 10)
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 10)
         m_tk = m_t[:, None] & m_k[None, :]
         b_dx = tl.zeros((BT, BK), tl.float32)
         for i_v in range(NV + (i_c >> 30)):
@@ -217,7 +221,7 @@ def gradient_kernel(
         a_nk = parts.again(b_nk, i_c, 3)
         a_beta = parts.again(b_beta, i_c, 3)
         a_to = parts.again(b_to, i_c, 3)
-        o_i, m_t, o_x = parts.tokens(length, i_c, H, BT, 3)
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 3)
         m_tk = m_t[:, None] & m_k[None, :]
         b_e = tl.zeros((BT, BK), tl.float32)
         through = tl.zeros((1,), tl.float32)
@@ -243,7 +247,7 @@ def gradient_kernel(
             b_dg += through * tl.exp(high)
             tl.store(sums + i_k.to(tl.int64) * SHARE + ALL + i_x + o_x, b_dg, mask=m_t)
         b_dx += b_e
-        o_i, m_t, o_x = parts.tokens(length, i_c, H, BT, 4)
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 4)
         a_nq = parts.again(b_nq, i_c, 4)
         if decays is not None:
             a_high = parts.again(b_high, i_c, 4)
@@ -260,10 +264,10 @@ def gradient_kernel(
             b_p = tl.dot(b_u, tl.trans(b_y), b_p, input_precision=PRECISION)
         b_p = tl.where(m_p, b_p * (a_nq * scale)[None, :], 0.0)
         if decays is not None:
-            b_p *= parts.between_at_most_1(a_high[None, :], a_low[None, :], a_high[:, None], a_low[:, None])
-        b_q = tl.load(q + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+            b_p *= parts.between_unmasked(a_high[None, :], a_low[None, :], a_high[:, None], a_low[:, None])
+        b_q = tl.load(q + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
         b_dx = tl.dot(b_p.to(dtype), b_q, b_dx, input_precision=PRECISION)
-        o_i, m_t, o_x = parts.tokens(length, i_c, H, BT, 5)
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 5)
         a_nk = parts.again(b_nk, i_c, 5)
         a_beta = parts.again(b_beta, i_c, 5)
         a_kk = parts.again(b_kk, i_c, 5)
@@ -282,19 +286,19 @@ def gradient_kernel(
             b_p = tl.dot(b_u, tl.trans(b_y), b_p, input_precision=PRECISION)
         b_p = tl.where(m_p, -b_p * (a_nk * a_beta)[None, :], 0.0)
         if decays is not None:
-            b_p *= parts.between_at_most_1(a_high[None, :], a_low[None, :], a_high[:, None], a_low[:, None])
-        b_k = tl.load(k + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+            b_p *= parts.between_unmasked(a_high[None, :], a_low[None, :], a_high[:, None], a_low[:, None])
+        b_k = tl.load(k + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
         b_dx = tl.dot(b_p.to(dtype), b_k, b_dx, input_precision=PRECISION)
         if L2NORM:
             b_dx = (b_dx - b_k.to(tl.float32) * (a_kk * a_nk)[:, None]) * a_nk[:, None]
-        o_i, m_t, o_x = parts.tokens(length, i_c, H, BT, 8)
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 8)
         m_tk = m_t[:, None] & m_k[None, :]
-        tl.store(dk + i_x * K + (o_x[:, None] * K + o_k[None, :]), b_dx.to(dtype), mask=m_tk)
+        tl.store(dk + i_x * K + (o_x[:, None] * K + o_k[None, :]), b_dx.to(dk.dtype.element_ty), mask=m_tk)
 
         if GROUP > 1:
             if decays is not None:
                 b_s *= tl.exp(high)
-            o_i, m_t, o_x = parts.tokens(length, i_c, H, BT, 6)
+            o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 6)
             b_u = tl.load(
                 u + i_x * V + o_x[:, None] * V + o_v[None, :], mask=m_t[:, None] & (o_v < V)[None, :], other=0
             )

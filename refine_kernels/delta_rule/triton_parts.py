@@ -92,10 +92,10 @@ def between(b_high_i, b_low_i, b_high_j, b_low_j, m):
 
 
 @triton.jit
-def between_at_most_1(b_high_i, b_low_i, b_high_j, b_low_j):
-    """``exp(G_i - G_j)`` where i >= j, something of at most 1 elsewhere: bounded before exp, and the caller masks.
-    gradient_kernel has no registers for the mask."""
-    return tl.exp(tl.minimum((b_high_i - b_high_j) + (b_low_i - b_low_j), 0.0))
+def between_unmasked(b_high_i, b_low_i, b_high_j, b_low_j):
+    """``exp(G_i - G_j)`` where i >= j, something finite elsewhere, where the caller multiplies a zero by it.
+    gradient_kernel has no registers for the mask. Growth (g > 0) inside a chunk is cut off at exp(80)."""
+    return tl.exp(tl.minimum((b_high_i - b_high_j) + (b_low_i - b_low_j), 80.0))
 
 
 @triton.jit
@@ -114,10 +114,11 @@ def again(b_x, i_c, PHASE: tl.constexpr):  # [BT] -> [BT]
 
 
 @triton.jit
-def tokens(length, i_c, H, BT: tl.constexpr, PHASE: tl.constexpr):
-    """The tokens of chunk ``i_c`` (:func:`anew`): number in it, whether it exists, row in memory. [BT] each."""
+def tokens(length, i_c, H, REPEAT: tl.constexpr, BT: tl.constexpr, PHASE: tl.constexpr):
+    """The tokens of chunk ``i_c`` (:func:`anew`): number in it, whether it exists, row in memory of value heads and
+    of key heads. [BT] each."""
     o_i = anew(tl.arange(0, BT), i_c, PHASE)
-    return o_i, i_c * BT + o_i < length, o_i * H
+    return o_i, i_c * BT + o_i < length, o_i * H, o_i * (H // REPEAT)
 
 
 @triton.jit

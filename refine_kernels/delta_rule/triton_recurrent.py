@@ -40,22 +40,22 @@ _COLUMNS_AND_WORDS = {
 def forward(
     q: torch.Tensor,  # [B, T, H, K]
     k: torch.Tensor,  # [B, T, H, K]
-    v: torch.Tensor,  # [B, T, H, V]
-    beta: torch.Tensor,  # [B, T, H]
-    g: torch.Tensor | None,  # [B, T, H]
-    initial_state: torch.Tensor | None,  # [N, H, K, V]
+    v: torch.Tensor,  # [B, T, HV, V], HV a multiple of H
+    beta: torch.Tensor,  # [B, T, HV]
+    g: torch.Tensor | None,  # [B, T, HV]
+    initial_state: torch.Tensor | None,  # [N, HV, K, V]
     state_indices: torch.Tensor | None,  # [B]
     scale: float,
     use_qk_l2norm_in_kernel: bool,
     output_final_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``(o [B, T, H, V], final_state [B, H, K, V] or None)``; row b starts from
+    """``(o [B, T, HV, V], final_state [B, HV, K, V] or None)``; row b starts from
     ``initial_state[state_indices[b]]``, or ``initial_state[b]`` without indices.
 
     Inputs may be views with any strides over B, T and H (as of a fused projection): none is copied unless the
     last dimension is not contiguous.
     """
-    (rows, tokens, heads, kd), vd = q.shape, v.shape[-1]
+    (rows, tokens, heads, vd), (key_heads, kd) = v.shape, q.shape[2:]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if initial_state is not None and initial_state.stride()[2:] != (vd, 1):
         initial_state = initial_state.contiguous()
@@ -74,7 +74,8 @@ def forward(
             *(beta.stride() if g is None else g.stride()),
             *((0, 0) if initial_state is None else initial_state.stride()[:2]),
             tokens, heads,
-            K=kd, V=vd, BK=bk, BV=bv, SCALE=scale, L2NORM=use_qk_l2norm_in_kernel, EPS=L2_NORM_EPS,
+            REPEAT=heads // max(key_heads, 1), K=kd, V=vd, BK=bk, BV=bv, SCALE=scale,
+            L2NORM=use_qk_l2norm_in_kernel, EPS=L2_NORM_EPS,
             DTYPE=tl.float64 if double else tl.float32, num_warps=num_warps, num_stages=1,
         )  # fmt: skip
     return o, final_state
@@ -83,12 +84,12 @@ def forward(
 def decode_forward(
     q: torch.Tensor,  # [B, T, H K]
     k: torch.Tensor,  # [B, T, H K]
-    v: torch.Tensor,  # [B, T, H V]
-    beta: torch.Tensor,  # [B, T, H]
-    g: torch.Tensor | None,  # [B, T, H]
+    v: torch.Tensor,  # [B, T, HV V], HV a multiple of H
+    beta: torch.Tensor,  # [B, T, HV]
+    g: torch.Tensor | None,  # [B, T, HV]
     weights: list[torch.Tensor],  # of q, k, v: [D, W]
     tails: list[torch.Tensor],  # of q, k, v: [N, W - 1, D]
-    state: torch.Tensor,  # [N, H, K, V]
+    state: torch.Tensor,  # [N, HV, K, V]
     rows: torch.Tensor | None,  # [B]
     scale: float,
     beta_scale: float,
@@ -115,7 +116,8 @@ def decode_forward(
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *beta.stride(),
             *(beta.stride() if g is None else g.stride()),
             tokens, heads,
-            K=kd, V=vd, W=width, BK=bk, BV=bv, SCALE=scale, BETA_SCALE=beta_scale, L2NORM=l2norm, EPS=L2_NORM_EPS,
+            REPEAT=heads * kd // max(q.shape[2], 1), K=kd, V=vd, W=width, BK=bk, BV=bv, SCALE=scale,
+            BETA_SCALE=beta_scale, L2NORM=l2norm, EPS=L2_NORM_EPS,
             DTYPE=tl.float64 if double else tl.float32, num_warps=num_warps, num_stages=1,
         )  # fmt: skip
     return o, new_state, new_tails
@@ -156,8 +158,8 @@ def _one_token(
 
 @triton.jit(do_not_specialize=["s_beta_b", "s_beta_t", "s_beta_h", "s_g_b", "s_g_t", "s_g_h", "T", "H"])
 def recurrent_kernel(
-    q,  # [B, T, H, K]
-    k,  # [B, T, H, K]
+    q,  # [B, T, H / REPEAT, K]
+    k,  # [B, T, H / REPEAT, K]
     v,  # [B, T, H, V]
     beta,  # [B, T, H]
     g,  # [B, T, H] or None
@@ -172,6 +174,7 @@ def recurrent_kernel(
     s_g_b, s_g_t, s_g_h,
     s_state_n, s_state_h,
     T, H,
+    REPEAT: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -192,8 +195,8 @@ def recurrent_kernel(
     m_k, m_v = o_k < K, o_v < V
     m_s = m_k[:, None] & m_v[None, :]
 
-    p_q = q + i_b * s_q_b + i_h * s_q_h + o_k
-    p_k = k + i_b * s_k_b + i_h * s_k_h + o_k
+    p_q = q + i_b * s_q_b + i_h // REPEAT * s_q_h + o_k
+    p_k = k + i_b * s_k_b + i_h // REPEAT * s_k_h + o_k
     p_v = v + i_b * s_v_b + i_h * s_v_h + o_v
     p_beta = beta + i_b * s_beta_b + i_h * s_beta_h
     p_o = o + (i_b * T * H + i_h) * V + o_v
@@ -224,9 +227,9 @@ def recurrent_kernel(
         p_k += s_k_t
         p_v += s_v_t
         p_beta += s_beta_t
-        b_q = tl.load(p_q, mask=m_k & more, other=0.0)
-        b_k = tl.load(p_k, mask=m_k & more, other=0.0)
-        b_v = tl.load(p_v, mask=m_v & more, other=0.0)
+        b_q = tl.load(p_q, mask=tl.where(more, m_k, False), other=0.0)
+        b_k = tl.load(p_k, mask=tl.where(more, m_k, False), other=0.0)
+        b_v = tl.load(p_v, mask=tl.where(more, m_v, False), other=0.0)
         b_beta = tl.load(p_beta, mask=more, other=0.0)
         if g is not None:
             p_g += s_g_t
@@ -245,8 +248,8 @@ def recurrent_kernel(
 @triton.jit
 def _back(p_x, p_tail, i_x, s_x, D, m, W: tl.constexpr, DTYPE: tl.constexpr):
     """A convolution's input at place ``i_x``, to which p_x points: before token 0 it is in the tail."""
-    b_x = tl.load(p_x, mask=m & (i_x >= 0), other=0.0).to(DTYPE)
-    return b_x + tl.load(p_tail + (i_x + W - 1) * D, mask=m & (i_x < 0), other=0.0).to(DTYPE)
+    b_x = tl.load(p_x, mask=tl.where(i_x >= 0, m, False), other=0.0).to(DTYPE)
+    return b_x + tl.load(p_tail + (i_x + W - 1) * D, mask=tl.where(i_x < 0, m, False), other=0.0).to(DTYPE)
 
 
 @triton.jit
@@ -271,19 +274,19 @@ def _new_tail(p_new, p_x, p_tail, T, s_x, D, m, W: tl.constexpr, DTYPE: tl.const
 
 @triton.jit(do_not_specialize=["s_beta_b", "s_beta_t", "s_beta_h", "s_g_b", "s_g_t", "s_g_h", "T", "H"])
 def decode_kernel(
-    q,  # [B, T, H K]
-    k,  # [B, T, H K]
+    q,  # [B, T, H / REPEAT K]
+    k,  # [B, T, H / REPEAT K]
     v,  # [B, T, H V]
     beta,  # [B, T, H], before the sigmoid
     g,  # [B, T, H] or None
-    w_q, w_k,  # [H K, W]
+    w_q, w_k,  # [H / REPEAT K, W]
     w_v,  # [H V, W]
-    tail_q, tail_k,  # [N, W - 1, H K]
+    tail_q, tail_k,  # [N, W - 1, H / REPEAT K]
     tail_v,  # [N, W - 1, H V]
     state,  # [N, H, K, V]
     rows,  # [B] or None
     o,  # [B, T, H, V]
-    new_tail_q, new_tail_k,  # [B, W - 1, H K]
+    new_tail_q, new_tail_k,  # [B, W - 1, H / REPEAT K]
     new_tail_v,  # [B, W - 1, H V]
     new_state,  # [B, H, K, V]
     s_q_b, s_q_t,
@@ -292,6 +295,7 @@ def decode_kernel(
     s_beta_b, s_beta_t, s_beta_h,
     s_g_b, s_g_t, s_g_h,
     T, H,
+    REPEAT: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     W: tl.constexpr,
@@ -305,7 +309,7 @@ def decode_kernel(
 ):  # fmt: skip
     """One tile [K, BV] of one head's state of one branch, through T tokens. Reads and writes the tile once;
     per token reads the last W inputs of its head's q and k [K] and of its columns of v [BV], and writes o [BV].
-    Writes its columns of v's new tail; the head's first program writes those of q and k."""
+    Writes its columns of v's new tail; a key head's first program writes those of q and k."""
     i_pid = tl.program_id(0).to(tl.int64)
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v, i_bh = i_pid % NV, i_pid // NV
@@ -321,8 +325,8 @@ def decode_kernel(
         state + (i_n * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :], mask=m_s, other=0.0
     ).to(DTYPE)  # fmt: skip
 
-    o_hk, o_hv = i_h * K + o_k, i_h * V + o_v  # channels
-    D_k, D_v = H * K, H * V
+    o_hk, o_hv = i_h // REPEAT * K + o_k, i_h * V + o_v  # channels
+    D_k, D_v = H // REPEAT * K, H * V
     p_tail_q, p_tail_k = tail_q + i_n * (W - 1) * D_k + o_hk, tail_k + i_n * (W - 1) * D_k + o_hk
     p_tail_v = tail_v + i_n * (W - 1) * D_v + o_hv
     p_q, p_k, p_v = q + i_b * s_q_b + o_hk, k + i_b * s_k_b + o_hk, v + i_b * s_v_b + o_hv
@@ -351,7 +355,7 @@ def decode_kernel(
     tl.store(new_state + i_bh * K * V + o_k[:, None] * V + o_v[None, :], b_s, mask=m_s)
     p_new_v = new_tail_v + i_b * (W - 1) * D_v + o_hv
     _new_tail(p_new_v, p_v, p_tail_v, T, s_v_t, D_v, m_v, W, DTYPE)
-    m_first = m_k & (i_v == 0)
+    m_first = tl.where((i_v == 0) & (i_h % REPEAT == 0), m_k, False)
     o_new = i_b * (W - 1) * D_k + o_hk
     _new_tail(new_tail_q + o_new, p_q, p_tail_q, T, s_q_t, D_k, m_first, W, DTYPE)
     _new_tail(new_tail_k + o_new, p_k, p_tail_k, T, s_k_t, D_k, m_first, W, DTYPE)
@@ -385,7 +389,7 @@ def _variant(
     double = dtype == torch.float64
     bk, bv, num_warps = choose_tile(name, kd, vd, double)
     constants |= {
-        "K": kd, "V": vd, "BK": bk, "BV": bv, "SCALE": kd**-0.5, "L2NORM": True, "EPS": L2_NORM_EPS,
+        "REPEAT": 1, "K": kd, "V": vd, "BK": bk, "BV": bv, "SCALE": kd**-0.5, "L2NORM": True, "EPS": L2_NORM_EPS,
         "DTYPE": tl.float64 if double else tl.float32,
     }  # fmt: skip
     if not gated:

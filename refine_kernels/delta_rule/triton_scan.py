@@ -13,7 +13,7 @@ from refine_kernels.delta_rule import triton_parts as parts
 
 @triton.jit(do_not_specialize=["T"])
 def inverse_kernel(
-    k,  # [B, T, H, K]
+    k,  # [B, T, H / REPEAT, K]
     beta,  # [B, T, H]
     g,  # [B, T, H] or None
     inverse,  # [B, T, H, BT]
@@ -23,6 +23,7 @@ def inverse_kernel(
     T,
     H,
     ALL,
+    REPEAT: tl.constexpr,
     K: tl.constexpr,
     BK: tl.constexpr,
     BT: tl.constexpr,
@@ -53,9 +54,12 @@ def inverse_kernel(
     m_t = o_t < length
     i_x = (begin + i_c * BT) * H + i_h  # of the chunk's first token, then of every token from there
     o_x = o_i * H
+    o_xk = o_i * (H // REPEAT)
     o_k = tl.arange(0, BK)
     b_k = tl.load(
-        k + i_x * K + (o_x[:, None] * K + o_k[None, :]), mask=m_t[:, None] & (o_k < K)[None, :], other=0
+        k + i_x // REPEAT * K + (o_xk[:, None] * K + o_k[None, :]),
+        mask=m_t[:, None] & (o_k < K)[None, :],
+        other=0,
     )
     b_beta = tl.load(beta + i_x + o_x, mask=m_t, other=0).to(tl.float32)
     b_nk = parts.norms(b_k, L2NORM, EPS)
@@ -98,8 +102,8 @@ def inverse_kernel(
 
 @triton.jit(do_not_specialize=["T", "N_STATES", "STRIDE", "SPAN"])
 def scan_kernel(
-    q,  # [B, T, H, K]; None without o
-    k,  # [B, T, H, K]
+    q,  # [B, T, H / REPEAT, K]; None without o
+    k,  # [B, T, H / REPEAT, K]
     v,  # [B, T, H, V]
     beta,  # [B, T, H]
     decays,  # [2, B, T, H] float32 or None
@@ -121,6 +125,7 @@ def scan_kernel(
     N_STATES,
     STRIDE,
     SPAN,
+    REPEAT: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -180,7 +185,7 @@ def scan_kernel(
         b_s = tl.load(initial + i_z + o_s, mask=m_s, other=0).to(tl.float32)
     else:
         i_z = (i_n.to(tl.int64) * H + i_h) * (K * V)
-        b_s = tl.load(initial + i_z + o_s, mask=m_s & (first == 0), other=0).to(tl.float32)
+        b_s = tl.load(initial + i_z + o_s, mask=tl.where(first == 0, m_s, False), other=0).to(tl.float32)
     if maps is not None:
         b_s = tl.where(o_k[:, None] == (o_v - NV * BV)[None, :], 1.0, b_s)
 
@@ -202,11 +207,12 @@ def scan_kernel(
         o_t = i_c * BT + o_i
         m_t = o_t < length
         o_x = (begin + o_t) * H + i_h
+        o_xk = (begin + o_t) * (H // REPEAT) + i_h // REPEAT  # of the key head
         i_x = (begin + i_c * BT) * H + i_h  # the chunk's first
         tokens = tl.minimum(length - i_c * BT, BT)
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
-        b_k = tl.load(k + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        b_k = tl.load(k + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
         b_m = tl.load(inverse + (o_x[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0)
         b_beta = tl.load(beta + o_x, mask=m_t, other=0).to(tl.float32)
         b_nk = parts.norms(b_k, L2NORM, EPS)
@@ -222,7 +228,7 @@ def scan_kernel(
         if u is not None:
             tl.store(u + (o_x[:, None] * V + o_v[None, :]), b_u.to(dtype), mask=m_tv)
         if o is not None:
-            b_q = tl.load(q + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+            b_q = tl.load(q + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
             b_nq = parts.norms(b_q, L2NORM, EPS) * scale
             o_j = parts.anew(o_i, i_c, 0)
             m_p = o_j[:, None] >= o_j[None, :]
@@ -252,14 +258,14 @@ def scan_kernel(
             tl.store(final_state + i_z + o_z, b_s, mask=m_s)
         else:
             i_z = (i_n.to(tl.int64) * H + i_h) * (K * V)
-            m_last = ((first == 0) | (first < whole)) & (first + SPAN >= whole)
-            tl.store(final_state + i_z + o_z, b_s, mask=m_s & m_last)
+            last = ((first == 0) | (first < whole)) & (first + SPAN >= whole)
+            tl.store(final_state + i_z + o_z, b_s, mask=tl.where(last, m_s, False))
 
 
 @triton.jit(do_not_specialize=["T", "N_STATES", "STRIDE", "SPAN"])
 def reverse_kernel(
-    q,  # [B, T, H, K]
-    k,  # [B, T, H, K]
+    q,  # [B, T, H / REPEAT, K]
+    k,  # [B, T, H / REPEAT, K]
     beta,  # [B, T, H]
     decays,  # [2, B, T, H] float32 or None
     inverse,  # [B, T, H, BT]
@@ -279,6 +285,7 @@ def reverse_kernel(
     N_STATES,
     STRIDE,
     SPAN,
+    REPEAT: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -333,7 +340,9 @@ def reverse_kernel(
         b_ds = tl.load(d_final + i_z + o_s, mask=m_s, other=0).to(tl.float32)
     else:
         i_z = (i_n.to(tl.int64) * H + i_h) * (K * V)
-        b_ds = tl.load(d_final + i_z + o_s, mask=m_s & (first + SPAN >= whole), other=0).to(tl.float32)
+        b_ds = tl.load(d_final + i_z + o_s, mask=tl.where(first + SPAN >= whole, m_s, False), other=0).to(
+            tl.float32
+        )
     if maps is not None:
         b_ds = tl.where(o_k[:, None] == (o_v - NV * BV)[None, :], 1.0, b_ds)
 
@@ -342,18 +351,19 @@ def reverse_kernel(
         b_dh = b_ds.to(dtype)
         o_z = parts.anew(o_k, i_c, 3)[:, None] * V + o_v[None, :]
         # maps have no use for it, but without a store here (it never happens: STRIDE is positive) 84 bytes spill
-        m_z = m_s if maps is None else m_s & (STRIDE < 0)
+        m_z = m_s if maps is None else tl.where(STRIDE < 0, m_s, False)
         tl.store(d_chunk_states + ((i_place + i_c) * H + i_h) * (K * V) + o_z, b_dh, mask=m_z)
 
         o_t = i_c * BT + o_i
         m_t = o_t < length
         o_x = (begin + o_t) * H + i_h
+        o_xk = (begin + o_t) * (H // REPEAT) + i_h // REPEAT  # of the key head
         i_x = (begin + i_c * BT) * H + i_h  # the chunk's first
         tokens = tl.minimum(length - i_c * BT, BT)
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
-        b_q = tl.load(q + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
-        b_k = tl.load(k + (o_x[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        b_q = tl.load(q + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        b_k = tl.load(k + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
         b_do = tl.load(d_o + (o_x[:, None] * V + o_v[None, :]), mask=m_tv, other=0)
         b_m = tl.load(inverse + (o_x[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0)
         b_beta = tl.load(beta + o_x, mask=m_t, other=0).to(tl.float32)
@@ -402,7 +412,7 @@ def reverse_kernel(
             tl.store(d_initial + i_z + o_z, b_ds, mask=m_s)
         else:
             i_z = (i_n.to(tl.int64) * H + i_h) * (K * V)
-            tl.store(d_initial + i_z + o_z, b_ds, mask=m_s & (first == 0))
+            tl.store(d_initial + i_z + o_z, b_ds, mask=tl.where(first == 0, m_s, False))
 
 
 @triton.jit
@@ -468,10 +478,10 @@ def join_kernel(
         p_start = starts + i_x * (K * V)
         tl.store(p_start + o_s, b_s, mask=m_s)
         tl.debug_barrier()  # what other threads of this program have stored is read below
-        m_on = i + 1 < spans
-        b_s = tl.load(p_map + o_k[:, None] * (V + K) + o_v[None, :], mask=m_s & m_on, other=0)
+        more = i + 1 < spans
+        b_s = tl.load(p_map + o_k[:, None] * (V + K) + o_v[None, :], mask=tl.where(more, m_s, False), other=0)
         for i_j in range(0, K, BJ):
-            m_j = (i_j + o_j < K) & m_on & (i > 0)
+            m_j = tl.where(more & (i > 0), i_j + o_j < K, False)
             b_p = tl.load(
                 p_map + o_k[:, None] * (V + K) + (V + i_j + o_j)[None, :],
                 mask=(o_k < K)[:, None] & m_j[None, :], other=0,

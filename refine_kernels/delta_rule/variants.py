@@ -103,7 +103,7 @@ def _variant(
     if kernel == "gradient" and not tiles.carry:
         group = 1
     constants = {
-        "K": kd, "V": vd, "BK": getattr(tile, "bk", block(kd)), "BV": tile.bv,
+        "REPEAT": 1, "K": kd, "V": vd, "BK": getattr(tile, "bk", block(kd)), "BV": tile.bv,
         "BR": getattr(tile, "br", None), "BT": tiles.chunk, "GROUP": group,
         "BJ": JOIN_ROWS, "REVERSE": "reverse" in purpose, "L2NORM": True, "EPS": L2_NORM_EPS,
         "PRECISION": precision_of(dtype),

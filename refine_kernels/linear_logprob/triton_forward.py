@@ -20,6 +20,7 @@ changes it. The bits are `tl.rand`'s, and log1p is Kahan's: large Gumbel numbers
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,7 @@ def choose_tile(N: int, dtype: torch.dtype, noise: bool, capability: str) -> Til
     return Tile(128, 256, 64, 8, 3) if large else Tile(128, 128, 64, 8, 2 if amd else 3)
 
 
+@lru_cache(4096)
 def choose_splits(row_tiles: int, vocab_tiles: int, programs: int) -> int:
     """Into how many ranges the vocabulary is cut: the fewest that keep ``programs`` multiprocessors busiest."""
 
@@ -121,17 +123,18 @@ def partials(
         )
 
     parts, joined = fields(splits, N), fields(N)
-    forward_kernel[(row_tiles * splits,)](
-        x, head.weight, head.bias, target, seed, *parts,
-        N, V, first_column, row_tiles, triton.cdiv(vocab_tiles, splits),
-        1.0 / head.temperature, head.softcap or 1.0,
-        D=D, HAS_SOFTCAP=head.softcap is not None, **tile.constants,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
     BS, BR = combine_tile(splits)
-    combine_kernel[(triton.cdiv(N, BR),)](
-        *parts, *joined, N, splits, DRAWN=target is None, BS=BS, BR=BR, num_warps=4
-    )
+    with torch.cuda.device_of(x):
+        forward_kernel[(row_tiles * splits,)](
+            x, head.weight, head.bias, target, seed, *parts,
+            N, V, first_column, row_tiles, triton.cdiv(vocab_tiles, splits),
+            1.0 / head.temperature, head.softcap or 1.0,
+            D=D, HAS_SOFTCAP=head.softcap is not None, **tile.constants,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        combine_kernel[(triton.cdiv(N, BR),)](
+            *parts, *joined, N, splits, DRAWN=target is None, BS=BS, BR=BR, num_warps=4
+        )
     return joined
 
 
@@ -204,7 +207,8 @@ def _absorb(
         if NOISE:
             b_zero = tl.zeros(b_q.shape, tl.int32)
             b_score += gumbel(b_seed[:, None] + b_zero.to(tl.int64), (o_v + first_column)[None, :] + b_zero)
-            b_score = tl.where((o_v < V)[None, :], b_score, -1e30)
+        # neither a column beyond V nor nan is ever drawn: a row of nan keeps token 0 and a best of -inf
+        b_score = tl.where(b_score > -1e30, b_score, float("-inf"))
         b_new, i_new = tl.max(b_score, 1, return_indices=True)
         better = b_new > b_best
         i_first = tl.min(o_v, 0)
@@ -216,7 +220,7 @@ def _absorb(
     return b_mn, b_s, b_t, b_qy, b_best, b_token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "first_column", "row_tiles", "tiles_per_split"])
 def forward_kernel(
     x,  # [N, D]
     w,  # [V, D]
@@ -316,7 +320,7 @@ def forward_kernel(
         tl.store(token + p_o, b_token, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "S"])
 def combine_kernel(
     m,  # [S, N]
     s,  # [S, N]

@@ -44,11 +44,12 @@ def gradient(
 ) -> None:
     """dz of a chunk of R rows, and what was asked for of their statistics."""
     R, V = q.shape
-    gradient_kernel[(R,)](
-        q, dz, head.bias, target, g_logprob, g_entropy, g_lse, lse, row_entropy, logprob, entropy,
-        V, 1.0 / head.temperature, head.softcap or 1.0,
-        HAS_SOFTCAP=head.softcap is not None, BV=columns_of(V), num_warps=WARPS, num_stages=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        gradient_kernel[(R,)](
+            q, dz, head.bias, target, g_logprob, g_entropy, g_lse, lse, row_entropy, logprob, entropy,
+            V, 1.0 / head.temperature, head.softcap or 1.0,
+            HAS_SOFTCAP=head.softcap is not None, BV=columns_of(V), num_warps=WARPS, num_stages=1,
+        )  # fmt: skip
 
 
 @triton.jit

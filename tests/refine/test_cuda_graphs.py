@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from refine import RefineConfig, refine_step
-from refine.method.rollout import _sample, sample_rollouts
+from refine.method.sampling import _sample, sample_rollouts
 from refine.models import cuda_graphs
 from refine.models.head import HiddenOnly
 from tests.refine.tiny import DELTA_RULE, VOCABULARY, ragged_batch, tiny_model

@@ -20,7 +20,7 @@ from refine.evaluation.tasks.niah import (
     write_prompt,
 )
 from refine.evaluation.tasks.words import ADJECTIVES, NOUNS, find_words
-from refine.training.parts import packaged_model
+from refine.prepare import packaged_model
 
 TASKS = tuple(NIAH_TASKS)
 

@@ -475,8 +475,8 @@ def bad_calls():
         "g must be on q's device cpu, got meta": x | {"g": x["g"].to("meta")},
         "initial_state must be [N, H, K, V] = [2, 2, 8, 4], got [1, 2, 8, 4]": x
         | {"initial_state": torch.ones(1, 2, 8, 4)},
-        "initial_state must be torch.float32 with q in torch.float32, got torch.float64": x
-        | {"initial_state": x["initial_state"].double()},
+        "initial_state must have a floating-point dtype, got torch.int64": x
+        | {"initial_state": x["initial_state"].long()},
         "initial_state must be on q's device": x | {"initial_state": x["initial_state"].to("meta")},
         "state_stride must be a positive multiple of 64 or None, got 32": x | {"state_stride": 32},
         "state_stride must be a positive multiple of 64 or None, got 0": x | {"state_stride": 0},
