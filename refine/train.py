@@ -20,7 +20,6 @@ from transformers import get_scheduler
 from transformers.utils.logging import disable_progress_bar
 
 from refine.data.document import DataError
-from refine.evaluation.held_out import evaluate_held_out
 from refine.files import why, write_whole
 from refine.prepare import (
     check_environment,
@@ -32,8 +31,9 @@ from refine.prepare import (
 from refine.settings import SettingsError, to_yaml
 from refine.signals import Terminated, name_and_code, stop_requests, terminations
 from refine.training import checkpoint, resume
+from refine.training.group_phase import write_completions
 from refine.training.parallel import World, join_world, wrap
-from refine.training.phases import Phase, open_streams
+from refine.training.phases import make_phase, open_streams
 from refine.training.plots import draw_plots
 from refine.training.report import print_report, show
 from refine.training.run_folder import RunFolder
@@ -169,7 +169,7 @@ class _Run:
         self.stream, self.held_out = open_streams(settings, self.tokenizer, world)
         self.optimizer = adamw(self.model, settings)
         self.optimizer.register_step_pre_hook(self._amid_an_update)
-        self.phase = Phase(settings, self.model, self.optimizer, world)
+        self.phase = make_phase(settings, self.model, self.optimizer, world, self.tokenizer)
         self.schedule = get_scheduler(
             settings.lr_scheduler_type,
             self.optimizer,
@@ -232,7 +232,8 @@ class _Run:
             [next(batches).to(self.world.device) for _ in range(settings.gradient_accumulation_steps)]
             for _ in range(updates)
         ]
-        for mini_batch, draws in zip(mini_batches, self.phase.draw(mini_batches, counters["step"])):
+        drawn = list(zip(mini_batches, self.phase.draw(mini_batches, counters["step"])))
+        for mini_batch, draws in (drawn * settings.num_iterations)[: settings.max_steps - counters["step"]]:
             began = time.perf_counter()
             metrics, last = self.phase.update(mini_batch, draws, counters["step"])
             self.count(metrics, time.perf_counter() - began)
@@ -275,8 +276,12 @@ class _Run:
             self.log(metrics)
         if self.tracker is None or last is None or not settings.sample_steps or step % settings.sample_steps:
             return
-        folder, ids = self.folder.path / "samples", mini_batch[-1].input_ids
-        self.tracker.attempt("samples", lambda: write_samples(folder, step, ids, last, self.tokenizer))
+        folder, batch = self.folder.path / "samples", mini_batch[-1]
+        if settings.phase == "grpo":
+            self.tracker.attempt("samples", lambda: write_completions(folder, step, batch, last))
+        else:
+            ids = batch.input_ids
+            self.tracker.attempt("samples", lambda: write_samples(folder, step, ids, last, self.tokenizer))
 
     def log(self, metrics: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""
@@ -286,8 +291,7 @@ class _Run:
     def evaluate(self) -> dict[str, float]:
         """The measures of held-out data."""
         with self.phase.precision():
-            measured = evaluate_held_out(self.model, self.held_out, self.settings, seed=self.settings.seed)
-            return measured | self.phase.measure(self.held_out)
+            return self.phase.measure(self.held_out)
 
     def rotate(self, proven: bool) -> None:
         """Remove old checkpoints once the newest has proven good: an update from it, or an evaluation, was finite.

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["PairBatch", "PairColumns", "PairStream", "held_out_pairs", "training_pairs"]
 
-_GENERATED = (None, "default", "recall", "default+recall")
+GENERATED = (None, "default", "recall", "default+recall")
 _ITEMS = {"train": 256, "held_out": 64}  # of the generated set
 _QUESTION = (
     "Answer the question based on the given passages. "
@@ -86,8 +86,9 @@ class PairStream:
         endless: bool,
         rank: int = 0,
         world_size: int = 1,
+        collate: Callable[[list, int], Any] | None = None,
     ):
-        self.pad_id, self.counts = pad_id, counts
+        self.pad_id, self.counts, self._collate = pad_id, counts, collate or _collate
         self._pairs, self._config, self._endless = pairs, config, endless
         parts = b"".join(part.tobytes() for pair in pairs for part in (pair.prompt, pair.answer))
         self._tokens = f"{zlib.crc32(parts):08x}"
@@ -106,7 +107,7 @@ class PairStream:
             chosen = [self._at((self._rounds + i) * self._world_size + self._rank) for i in range(count)]
             self._rounds += count
             self.counts.windows += count * self._world_size
-            yield _collate(chosen, self.pad_id)
+            yield self._collate(chosen, self.pad_id)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, for JSON, on any number of ranks."""
@@ -169,34 +170,43 @@ def held_out_pairs(
     return PairStream(pairs, config, pad_id, counts, endless=False)
 
 
+def encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[..., list[int]], int, int]:
+    """``encode(text, special=True)`` without an end, the end's id, and the id to pad with."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise DataError(f"the tokenizer {tokenizer.name_or_path!r} has no eos_token to end an answer with")
+
+    def encode(text: str, special: bool = True) -> list[int]:
+        ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        return ids[:-1] if ids[-1:] == [end] else ids
+
+    return encode, end, end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def is_held_out(key: int, number: int, config: DataConfig) -> bool:
+    """Whether row ``number`` of a file is measured on and not trained on; never the first."""
+    return number > 1 and key < config.eval_fraction * 2**64
+
+
 class _NoPairs(DataError):
     """The file holds no pair for this split."""
 
 
 def _read(config, columns, tokenizer, split: str) -> tuple[list[Pair], DataCounts, int]:
     """All pairs of a split, what was left out, and the id to pad with."""
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise DataError(f"the tokenizer {tokenizer.name_or_path!r} has no eos_token to end an answer with")
-    pad_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-    def encode(text: str, special: bool = True) -> list[int]:
-        ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-        return ids[:-1] if ids[-1:] == [end] else ids
-
+    encode, end, pad_id = encoder(tokenizer)
     counts = DataCounts()
     given = config.eval_dataset_name_or_path if split == "held_out" else None
     name = given or config.dataset_name_or_path
-    if name in _GENERATED:
-        source, texts = "the generated pairs", enumerate(_generated(config, encode, split), 1)
+    if name in GENERATED:
+        source, texts = "the generated pairs", enumerate(generated_pairs(config, encode, split), 1)
     else:
         source, texts = str(name), _from_file(Path(name).expanduser(), config, columns, encode, counts)
-    divided = given is None and config.eval_dataset_name_or_path is None and name not in _GENERATED
+    divided = given is None and config.eval_dataset_name_or_path is None and name not in GENERATED
     pairs = []
     for number, (prompt, answer) in texts:
         key = stable_hash(f"{Path(source).name}:{number}")
-        held_out = bool(pairs or number > 1) and key < config.eval_fraction * 2**64
-        if divided and held_out != (split == "held_out"):
+        if divided and is_held_out(key, number, config) != (split == "held_out"):
             continue
         try:
             ids, reply = encode(prompt), encode(answer_after(prompt, answer), special=False)
@@ -226,7 +236,7 @@ def answer_after(prompt: str, answer: str) -> str:
     return answer if prompt[-1:].isspace() or answer[:1].isspace() else f" {answer}"
 
 
-def _generated(config, encode, split: str) -> Iterator[tuple[str, str]]:
+def generated_pairs(config: DataConfig, encode: Callable, split: str) -> Iterator[tuple[str, str]]:
     """Recall questions over the project's default text, of most of ``max_length`` tokens."""
     sample = [recall_document(0, index).text for index in range(4)]
     chars = 0.85 * config.max_length * sum(map(len, sample)) / sum(len(encode(text)) for text in sample)

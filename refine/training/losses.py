@@ -27,6 +27,7 @@ def refine_loss(
     step: int,
     draw: RefineStepOutput | None = None,
     context: ContextParallel | None = None,
+    reference: torch.nn.Module | None = None,
 ) -> RefineStepOutput:
     """A REFINE step whose draws follow from the run's seed, the step and each sequence's key alone; with ``draw``
     the rollouts are those of an earlier policy."""
@@ -40,6 +41,7 @@ def refine_loss(
         seeds=seeds,
         rollouts=rollouts,
         context=context,
+        reference=reference,
     )
 
 

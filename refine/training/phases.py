@@ -1,7 +1,8 @@
 """What the phases of training do: which data they read, how they take an update, what they measure.
 
 The one place where phases differ: ``mid`` takes REFINE steps on text, ``sft`` next-token steps; ``post`` takes
-one of these, or none, on the prompts of a batch of pairs, and then a step on the answers.
+one of these, or none, on the prompts of a batch of pairs, and then a step on the answers. ``grpo`` stands in
+:mod:`refine.training.group_phase`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from typing import Any
 import torch
 
 from refine.data.pairs import PairBatch, PairColumns, PairStream, held_out_pairs, training_pairs
+from refine.data.prompts import PromptBatch, held_out_prompts, training_prompts
 from refine.data.stream import Batch, DataStream, held_out_stream, training_stream
+from refine.evaluation.held_out import evaluate_held_out
 from refine.method import RefineStepOutput
 from refine.prepare import data_config
+from refine.training.group_phase import GroupPhase, load_reference
 from refine.training.losses import refine_loss, sequence_loss, target_loss
 from refine.training.parallel import World
 from refine.training.settings import TrainSettings
@@ -25,7 +29,7 @@ Draws = list[RefineStepOutput | None]  # one a micro-batch; None: rollouts are d
 
 def open_streams(
     settings: TrainSettings, tokenizer, world: World
-) -> tuple[DataStream | PairStream, list[Batch | PairBatch]]:
+) -> tuple[DataStream | PairStream, list[Batch | PairBatch | PromptBatch]]:
     """The endless stream to train on, and what is held out, a sequence or pair each.
 
     Raises:
@@ -33,7 +37,11 @@ def open_streams(
     """
     config, (rank, readers) = data_config(settings), world.readers
     held_out = None
-    if settings.phase == "post":
+    if settings.phase == "grpo":
+        stream = training_prompts(config, settings.prompt_column, tokenizer, rank=rank, world_size=readers)
+        if settings.eval_samples:
+            held_out = held_out_prompts(config, settings.prompt_column, tokenizer)
+    elif settings.phase == "post":
         columns = PairColumns(
             settings.prompt_column, settings.answer_column, settings.question_column, settings.passages_column
         )
@@ -47,12 +55,22 @@ def open_streams(
     return stream, list(islice(held_out.batches(1), settings.eval_samples)) if held_out else []
 
 
-class Phase:
+def make_phase(settings: TrainSettings, model, optimizer, world: World, tokenizer) -> Phase | GroupPhase:
     """The updates and measures of a run's phase."""
+    if settings.phase == "grpo":
+        return GroupPhase(settings, model, optimizer, world, tokenizer)
+    return Phase(settings, model, optimizer, world)
+
+
+class Phase:
+    """The updates and measures of the phases mid, sft and post."""
 
     def __init__(self, settings: TrainSettings, model, optimizer, world: World):
         self.settings, self.model, self.optimizer, self.world = settings, model, optimizer, world
         self.answers = settings.phase == "post"
+        self.reference = (
+            load_reference(settings, world) if settings.beta and settings.draws_rollouts else None
+        )
         self.on_text = {"mid": "refine", "sft": "sft", "post": settings.prompt_step}[settings.phase]
 
     def draw(self, mini_batches: list[list[Batch]], step: int) -> list[Draws]:
@@ -78,16 +96,17 @@ class Phase:
 
     @torch.no_grad()
     def measure(self, held_out: list[Batch | PairBatch]) -> dict[str, float]:
-        """What this phase measures of held-out data besides its text: the answers' loss, in nats per token."""
+        """The measures of held-out text, and with answers their loss, in nats per token."""
+        measured = evaluate_held_out(self.model, held_out, self.settings, seed=self.settings.seed)
         if not self.answers:
-            return {}
+            return measured
         total, tokens = 0.0, 0
         for batch in held_out:
             batch = batch.to(self.world.device)
             weight = (batch.full_targets != -100).float()
             total += target_loss(self.model, batch.full_ids, batch.full_targets, weight).item()
             tokens += int(weight.sum())
-        return {"eval_answer_loss": total / tokens}
+        return measured | {"eval_answer_loss": total / tokens}
 
     def precision(self):
         """Autocast as the settings say."""
@@ -96,7 +115,7 @@ class Phase:
     def _refine(self, batch: Batch, step: int, draw=None, context=None) -> RefineStepOutput:
         return refine_loss(
             self.model, batch.input_ids, self.settings, attention_mask=batch.attention_mask, keys=batch.keys,
-            seed=self.settings.seed, step=step, draw=draw, context=context,
+            seed=self.settings.seed, step=step, draw=draw, context=context, reference=self.reference,
         )  # fmt: skip
 
     def _update_on_text(

@@ -20,9 +20,12 @@ def draw_plots(output_dir: Path) -> list[Path]:
     plt = import_pyplot()
     lines = read_metrics(output_dir / "metrics.jsonl")
     drawn = []
+    reward = ("reward", "cosine", "eval_cosine", "cosine reward of rollouts")
+    if not any("cosine" in line for line in lines):  # phase grpo
+        reward = ("reward", "reward", "eval_reward", "reward of completions")
     for name, train_key, eval_key, label in (
         ("loss", "ntp_loss", "eval_loss", "next-token loss (nats)"),
-        ("reward", "cosine", "eval_cosine", "cosine reward of rollouts"),
+        reward,
     ):
         train = [(line["step"], line[train_key]) for line in lines if line.get(train_key) is not None]
         held_out = [(line["step"], line[eval_key]) for line in lines if line.get(eval_key) is not None]

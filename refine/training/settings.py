@@ -20,8 +20,10 @@ from refine.settings import (
     read_yaml,
     setting,
 )
+from refine.training.text_rewards import TextRewards
 
-PHASES = ("mid", "sft", "post")
+PHASES = ("mid", "sft", "post", "grpo")
+SCALES = ("group", "none")
 PROMPT_STEPS = ("refine", "sft", "none")
 REPORTERS = ("tensorboard", "wandb")
 PARALLEL = ("none", "ddp", "fsdp2", "context")
@@ -44,6 +46,24 @@ class PairSettings:
 
 
 @dataclass(kw_only=True)
+class GroupSettings:
+    """Completions of prompts and their rewards (phase grpo); the names are TRL's."""
+
+    reward_funcs: list[str] = setting([], "module:function(prompts, completions, **columns), one or several")
+    reward_weights: list[float] | None = setting(None, "of reward_funcs; default: 1 each")
+    num_generations: int = setting(8, "completions per prompt, a group", least=2)
+    max_completion_length: int = setting(256, "tokens a completion may have", least=1)
+    num_iterations: int = setting(1, "times that completions are trained on", least=1)
+    scale_rewards: str = setting(
+        "group", "group: advantages have standard deviation 1 in each", choices=SCALES
+    )
+    top_k: int | None = setting(None, "sample among so many tokens", least=1)
+    top_p: float | None = setting(None, "sample among tokens of so much probability together", over=0, most=1)
+    min_p: float | None = setting(None, "sample among tokens of this share of the largest", least=0, most=1)
+    max_branches: int | None = setting(None, "completions whose activations are alive at a time", least=1)
+
+
+@dataclass(kw_only=True)
 class StreamSettings(TextSettings):
     """What to train on, what to measure on, and how both are cut."""
 
@@ -59,7 +79,13 @@ class StreamSettings(TextSettings):
 
 @dataclass(kw_only=True)
 class TrainSettings(
-    RefineConfig, ModelSettings, NewModelSettings, StreamSettings, PairSettings, OptimizerSettings
+    RefineConfig,
+    ModelSettings,
+    NewModelSettings,
+    StreamSettings,
+    PairSettings,
+    GroupSettings,
+    OptimizerSettings,
 ):
     """Everything that ``python -m refine.train`` can be told; the method's own settings are inherited.
 
@@ -69,14 +95,17 @@ class TrainSettings(
 
     GROUPS: ClassVar[dict[str, type]] = {
         "method": RefineConfig, "model": ModelSettings, "new_model": NewModelSettings, "data": StreamSettings,
-        "pairs": PairSettings, "optimizer": OptimizerSettings,
+        "pairs": PairSettings, "groups": GroupSettings, "optimizer": OptimizerSettings,
     }  # fmt: skip
-    ALIASES: ClassVar[dict[str, str]] = {"model": "model_name_or_path"}
+    ALIASES: ClassVar[dict[str, str]] = {
+        "model": "model_name_or_path", "loss_type": "objective", "epsilon": "clip_range",
+        "epsilon_high": "clip_range_high", "delta": "dual_clip",
+    }  # fmt: skip
 
     phase: str = setting(
         "mid",
         "mid: REFINE steps; sft: next-token loss alone; post: for each batch of pairs a step on the prompts "
-        "(prompt_step), then one on the answers",
+        "(prompt_step), then one on the answers; grpo: completions of prompts, rewarded by reward_funcs",
         choices=PHASES,
     )
     prompt_step: str = setting("refine", "with phase post", choices=PROMPT_STEPS)
@@ -126,9 +155,10 @@ class TrainSettings(
             raise SettingsError("config_overrides describe a new model: they need model_type")
         if self.mimetic_init and not self.model_type:
             raise SettingsError("mimetic_init is about a new model: it needs model_type")
+        least = 1 if self.phase == "grpo" else self.min_tokens
         if self.min_length is None:
-            self.min_length = self.min_tokens
-        if self.min_length < self.min_tokens:
+            self.min_length = least
+        if self.min_length < least:
             raise SettingsError(
                 f"min_length must be at least {self.min_tokens} for num_chunks={self.num_chunks} and "
                 f"rollout_length={self.rollout_length}, got {self.min_length}"
@@ -140,12 +170,28 @@ class TrainSettings(
             )
         if self.parallel == "context" and self.segment_length is None:
             raise SettingsError("parallel context shares documents by segments: set segment_length")
-        if self.phase == "post" and self.parallel == "context":
+        if self.phase in ("post", "grpo") and self.parallel == "context":
             raise SettingsError("parallel context shares the documents of phases mid and sft, not pairs")
-        if not self.draws_rollouts and self.num_mini_batches > 1:
+        if self.phase != "grpo" and not self.draws_rollouts and self.num_mini_batches > 1:
             raise SettingsError(
                 "num_mini_batches is about rollouts: it must be 1 with phase sft and without prompt_step refine"
             )
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        if self.phase != "grpo":
+            for name in ("reward_funcs", "reward_weights"):
+                if getattr(self, name):
+                    raise SettingsError(
+                        f"{name} is for phase grpo; the reward of phase {self.phase} is 'reward'"
+                    )
+            if self.num_iterations > 1:
+                raise SettingsError("num_iterations is for phase grpo; others have num_mini_batches")
+            return
+        try:
+            TextRewards(self.reward_funcs, self.reward_weights)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
 
     @property
     def draws_rollouts(self) -> bool:

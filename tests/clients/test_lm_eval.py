@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from refine.prepare import packaged_model
-from tests.refine.tiny import FAMILIES, tiny_model
+from tests.clients.families import FAMILIES, tiny_model
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")
