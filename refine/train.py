@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from refine.data.document import DataError
 from refine.evaluation.held_out import evaluate_held_out
+from refine.evaluation.recall import answered_greedily, questions_of_recall
 from refine.files import why, write_whole
 from refine.prepare import (
     check_environment,
@@ -164,6 +165,7 @@ class _Run:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = wrap(model, world, torch.bfloat16 if settings.bf16 else None)
         self.stream, self.held_out = open_streams(settings, self.tokenizer, world)
+        self.questions = self._questions()
         self.optimizer = adamw(self.model, settings)
         self.optimizer.register_step_pre_hook(self._amid_an_update)
         self.phase = Phase(settings, self.model, self.optimizer, world)
@@ -282,7 +284,10 @@ class _Run:
         """The measures of held-out data."""
         with self.phase.precision():
             measured = evaluate_held_out(self.model, self.held_out, self.settings, seed=self.settings.seed)
-            return measured | self.phase.measure(self.held_out)
+            measured |= self.phase.measure(self.held_out)
+            for name, rows in self.questions.items():
+                measured[f"eval_{name}"] = sum(answered_greedily(self.model, rows)) / len(rows)
+            return measured
 
     def save(self) -> None:
         """A checkpoint of the last whole update. While updates are being skipped no older one is removed."""
@@ -348,6 +353,18 @@ class _Run:
         """Print on rank 0."""
         if self.world.is_main:
             print(text)
+
+    def _questions(self) -> dict[str, list]:
+        """What every evaluation asks the model."""
+        settings = self.settings
+        if not settings.recall_samples:
+            return {}
+        try:
+            return questions_of_recall(
+                self.tokenizer, settings.max_length, settings.recall_samples, settings.seed
+            )
+        except ValueError as error:
+            raise SettingsError(f"recall_samples: {error}; max_length is {settings.max_length}") from error
 
     def _draw(self) -> list[Path]:
         try:

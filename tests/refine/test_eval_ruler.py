@@ -20,7 +20,7 @@ from refine.evaluation.tasks.ruler import (
     largest_that_fits,
     variable_tracking,
 )
-from refine.training.parts import packaged_model
+from refine.prepare import packaged_model
 
 TASKS = tuple(RULER_TASKS)
 
