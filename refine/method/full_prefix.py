@@ -64,7 +64,7 @@ class FullPrefix:
         entropies [n, k] of their predictions where they are needed."""
         k = drawn.shape[1]
         hidden = self._model(text, use_cache=False, head=HiddenOnly()).last_hidden_state[:, -k - 1 :]
-        head = TokenLogprob(drawn, self._config.temperature, self._config.rollout_stop_entropy is not None)
+        head = TokenLogprob(drawn, self._config.temperature, self._config.needs_entropy)
         scored = self._model(hidden_states=hidden[:, :-1], head=head)
         entropy = scored.entropy.detach() if head.entropy else None
         return scored.logprob, hidden[:, 1:], entropy

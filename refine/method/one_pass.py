@@ -48,7 +48,7 @@ class OnePass:
             flat = sample_rollouts(self._model, state.detach(), context.detach(), seed, config.temperature)
         else:
             flat = tokens.reshape(-1, shape[-1])
-        head = TokenLogprob(flat, config.temperature, config.rollout_stop_entropy is not None)
+        head = TokenLogprob(flat, config.temperature, config.needs_entropy)
         predicted, logprobs, entropy = read_branches(self._model, state, context, flat, head)
         logprobs = logprobs.view(shape)
         return Branches(

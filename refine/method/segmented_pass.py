@@ -103,7 +103,7 @@ class SegmentedPass:
             old_logprobs=old_logprobs.view(shape),
             predicted=predicted.view(*shape, -1),
             true=true.view(*shape, -1)[:, :, 0],
-            entropy=entropy.view(shape) if config.rollout_stop_entropy is not None else None,
+            entropy=entropy.view(shape) if config.needs_entropy else None,
         )
 
     # ---- reading --------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class SegmentedPass:
             if sample:
                 seeds = seed[mine] if len(mine) else seed[:1]
                 tokens = sample_rollouts(model, state, context, seeds, config.temperature)
-            head = TokenLogprob(tokens, config.temperature, config.rollout_stop_entropy is not None)
+            head = TokenLogprob(tokens, config.temperature, config.needs_entropy)
             predicted, logprob, entropy = read_branches(model, state, context, tokens, head)
             if len(mine):
                 branched.tokens[mine] = tokens

@@ -15,7 +15,7 @@ import torch
 from refine.method.config import RefineConfig
 from refine.method.context_parallel import ContextParallel
 from refine.method.full_prefix import FullPrefix
-from refine.method.objective import group_advantages, next_sequence_loss
+from refine.method.objective import LossTerms, group_advantages, policy_objective
 from refine.method.one_pass import OnePass
 from refine.method.reading import Reading, check_model
 from refine.method.rollouts import Rollouts, rollout_lengths
@@ -67,6 +67,7 @@ def refine_step(
     positions: torch.Tensor | None = None,
     rollouts: torch.Tensor | Rollouts | None = None,
     context: ContextParallel | None = None,
+    reference: torch.nn.Module | None = None,
 ) -> RefineStepOutput:
     """One forward of the REFINE loss (arXiv 2602.16704, Sec. 3) over a batch of sequences.
 
@@ -87,13 +88,16 @@ def refine_step(
         rollouts: [S, c, n, k] int64, to take it with given tokens (needs ``positions``); or a :class:`Rollouts`,
             such as :attr:`RefineStepOutput.drawn` of a step under ``torch.no_grad()``, for off-policy updates.
         context: the processes that share each sequence (context parallelism); needs ``config.segment_length``.
+        reference: the model that ``config.beta`` keeps the policy near to; read without a gradient.
 
     Raises:
         TypeError: the model is of another kind.
         ValueError: a row with a hole between its tokens, a sequence shorter than ``config.min_tokens``, a shape
-            that does not fit, or rollouts without positions.
+            that does not fit, rollouts without positions, or ``config.beta`` without a reference.
     """
     check_model(model, "refine_step")
+    if config.beta and reference is None:
+        raise ValueError(f"beta={config.beta} needs a reference model: refine_step(..., reference=...)")
     sequences = Sequences.of(input_ids, attention_mask, cu_seqlens)
     _check_lengths(sequences, config)
     given = Rollouts.given(positions, rollouts)
@@ -112,7 +116,14 @@ def refine_step(
     scores = score_rollouts(sequences, positions, branches, lengths, config)
     advantages = group_advantages(scores.rewards) if given.advantages is None else given.advantages
     old_logprobs = branches.old_logprobs if given.old_logprobs is None else given.old_logprobs
-    nsp_loss, clip_fraction = next_sequence_loss(branches.logprobs, old_logprobs, advantages, config, lengths)
+    terms = LossTerms(entropy=branches.entropy)
+    if config.beta:
+        with torch.no_grad():
+            again = read(reference, sequences, config, context)
+            terms.ref_logprobs = again.branch(positions, branches.tokens, seeds).logprobs
+    nsp_loss, clip_fraction = policy_objective(
+        branches.logprobs, old_logprobs, advantages, config, lengths, terms
+    )
     logprobs = branches.logprobs.detach()
     return RefineStepOutput(
         loss=config.lambda_sft * reading.ntp_loss + config.lambda_rl * nsp_loss,

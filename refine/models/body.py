@@ -88,8 +88,10 @@ class FastWeightModel(FastWeightPreTrainedModel):
     norm_class: ClassVar[type[nn.Module]] = RMSNorm
     embeddings_name: ClassVar[str] = "embeddings"
 
-    def __init__(self, config: FastWeightConfig):
+    def __init__(self, config: FastWeightConfig, draw_weights: bool = True):
+        """``draw_weights=False`` leaves the weights to the model around this one, which draws all at once."""
         super().__init__(config)
+        self._draw_weights = draw_weights
         self.set_input_embeddings(nn.Embedding(config.vocab_size, config.hidden_size))
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList(self.block_class(config, self.make_mixer(config, i), i) for i in layers)
@@ -109,6 +111,11 @@ class FastWeightModel(FastWeightPreTrainedModel):
                 f"{config.model_type}: layer_types[{layer}] must be one of {allowed}, got {kind!r}"
             )
         return self.mixers[kind](config)
+
+    def init_weights(self) -> None:
+        """Draw the weights, where that is this module's own matter."""
+        if self._draw_weights:
+            super().init_weights()
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embeddings."""

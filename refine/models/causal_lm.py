@@ -37,7 +37,7 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: FastWeightConfig):
         super().__init__(config)
-        self.model = self.body_class(config)
+        self.model = self.body_class(config, draw_weights=False)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 

@@ -44,6 +44,7 @@ class FastWeightConfig(PretrainedConfig):
         "residual_in_fp32": (False, None),
     }
     layer_type: ClassVar[str] = "linear_attention"
+    auto_map: ClassVar[dict] = {}  # no code of its own travels with a checkpoint; TRL looks here
 
     def __init__(
         self,

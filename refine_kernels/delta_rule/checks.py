@@ -140,9 +140,13 @@ def prepare_cu_seqlens(
 def check_bounds(
     cu_seqlens: torch.Tensor,  # [N + 1]
     tokens: int,
+    needed: bool = False,
 ) -> None:
-    """Packed sequences begin at 0, never go back and end at T. Values are read where that waits for no device."""
-    if not _values_are_free(cu_seqlens):
+    """Packed sequences begin at 0, never go back and end at T. Values are read where they are needed, or where that
+    waits for no device."""
+    if needed and cu_seqlens.is_meta:
+        raise ValueError("cu_seqlens must not be on the meta device with backend='reference', which reads it")
+    if not needed and not _values_are_free(cu_seqlens):
         return
     bounds = cu_seqlens.tolist()
     if not bounds or bounds[0] != 0:

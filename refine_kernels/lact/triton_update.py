@@ -211,9 +211,17 @@ def _chunk_means(gate: torch.Tensor, updates: int, chunk_size: int) -> torch.Ten
     )
 
 
+def _newton_schulz_dtype(arithmetic: Arithmetic) -> torch.dtype:
+    """float16 in the place of bfloat16: as fast, and all matrices of Newton-Schulz have norms near 1, so that the
+    range is enough. Its five steps magnify what their products round: 8 bits of mantissa lose 2 to 10 % of the
+    weights and up to half of the momentum's gradient, 11 bits a quarter of that or less."""
+    return torch.float16 if arithmetic.dtype == torch.bfloat16 else arithmetic.dtype
+
+
 def _orthogonalise(step: torch.Tensor, widths: Widths, arithmetic: Arithmetic) -> torch.Tensor:
     """Newton-Schulz of every matrix of ``[N, P]``."""
-    return widths.from_batches([newton_schulz(x, arithmetic.dtype) for x in widths.batches(step)])
+    dtype = _newton_schulz_dtype(arithmetic)
+    return widths.from_batches([newton_schulz(x, dtype) for x in widths.batches(step)])
 
 
 def _orthogonalise_backward(
@@ -221,7 +229,8 @@ def _orthogonalise_backward(
 ) -> torch.Tensor:
     """The gradient at ``step [N, P]`` from that at its orthogonalised matrices."""
     pairs = zip(widths.batches(step), widths.batches(d_total))
-    return widths.from_batches([newton_schulz_backward(*pair, arithmetic.dtype) for pair in pairs])
+    dtype = _newton_schulz_dtype(arithmetic)
+    return widths.from_batches([newton_schulz_backward(*pair, dtype) for pair in pairs])
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -80,6 +80,28 @@ def test_padding_on_either_side_changes_nothing(family, how):
         assert_close(gradients[name], grad, 1e-11, name)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("how", ["shared_prefix", "per_prefix", "segments"])
+def test_a_packed_row_gives_the_step_of_its_sequences(family, how):
+    """Loss, draws, rewards and gradients, with documents that end inside a chunk and beside a stride."""
+    model = tiny_model(family, initializer_range=0.15)
+    ids, mask = ragged_batch(*LENGTHS)
+    right, expected = step_gradients(model, ids, attention_mask=mask)
+    packed = torch.cat([row[:n] for row, n in zip(ids, LENGTHS)])[None]
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0)
+    change = {"segment_length": 64} if how == "segments" else {"step": how}
+    config = RefineConfig(**vars(CONFIG) | change)
+    got, gradients = step_gradients(model, packed, config=config, cu_seqlens=cu_seqlens)
+    assert torch.equal(got.positions, right.positions)
+    assert torch.equal(got.rollouts, right.rollouts)
+    assert_close(got.loss, right.loss, 1e-11, "loss")
+    assert_close(got.rewards, right.rewards, 1e-6, "rewards")
+    for b, n in enumerate(LENGTHS):
+        assert_close(got.entropy[0, cu_seqlens[b] : cu_seqlens[b + 1]], right.entropy[b, :n], 1e-6, "entropy")
+    for name, grad in expected.items():
+        assert_close(gradients[name], grad, 1e-10 if how == "per_prefix" else 1e-11, name)
+
+
 @pytest.mark.parametrize(
     ("where", "message"),
     [
