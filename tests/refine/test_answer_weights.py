@@ -87,7 +87,7 @@ def test_answers_of_a_row(marked, expected):
 
 @pytest.mark.parametrize("marked", ["three", [""], [[3, 1]], [[0, 12]], [[0]], [7], [None], [[0.5, 2]]])
 def test_answers_that_cannot_be_are_refused(marked):
-    with pytest.raises(ValueError, match="does not stand in the text|or \\[first, behind\\]"):
+    with pytest.raises(ValueError, match=r"does not stand in the text|or \[first, behind\]"):
         find_answers("one two one", marked)
 
 
