@@ -10,7 +10,10 @@ begin.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import ClassVar
 
 import torch
@@ -25,6 +28,18 @@ from refine.models.layout import BatchLayout, Packing, place
 from refine.models.names import refuse_unknown
 from refine.models.output import CACHE_NAME, FastWeightOutput
 from refine.models.state import FastWeightState, StateTrace
+
+_drawn_outside: ContextVar[bool] = ContextVar("_drawn_outside", default=False)
+
+
+@contextlib.contextmanager
+def weights_drawn_outside() -> Iterator[None]:
+    """Bodies made in here leave their weights to be drawn by the model that they become a part of."""
+    token = _drawn_outside.set(True)
+    try:
+        yield
+    finally:
+        _drawn_outside.reset(token)
 
 
 class FastWeightPreTrainedModel(PreTrainedModel):
@@ -88,10 +103,8 @@ class FastWeightModel(FastWeightPreTrainedModel):
     norm_class: ClassVar[type[nn.Module]] = RMSNorm
     embeddings_name: ClassVar[str] = "embeddings"
 
-    def __init__(self, config: FastWeightConfig, draw_weights: bool = True):
-        """``draw_weights=False`` leaves the weights to the model around this one, which draws all at once."""
+    def __init__(self, config: FastWeightConfig):
         super().__init__(config)
-        self._draw_weights = draw_weights
         self.set_input_embeddings(nn.Embedding(config.vocab_size, config.hidden_size))
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList(self.block_class(config, self.make_mixer(config, i), i) for i in layers)
@@ -113,8 +126,8 @@ class FastWeightModel(FastWeightPreTrainedModel):
         return self.mixers[kind](config)
 
     def init_weights(self) -> None:
-        """Draw the weights, where that is this module's own matter."""
-        if self._draw_weights:
+        """Draw the weights, unless a model around this one draws all at once."""
+        if not _drawn_outside.get():
             super().init_weights()
 
     def get_input_embeddings(self) -> nn.Embedding:
