@@ -1,6 +1,7 @@
 """REFINE: reinforced fast weights with next-sequence prediction (arXiv 2602.16704)."""
 
-from refine.integrations.accelerate import accelerate_transformers
+import importlib
+
 from refine.method import RefineConfig, RefineStepOutput, branch_logprobs, generate_group, refine_step
 from refine.models import load_model
 
@@ -17,11 +18,15 @@ __all__ = [
     "refine_step",
 ]
 
+_LAZY = {  # imported where they are used: they need more of transformers, which takes a while
+    "RefineTrainer": "refine.integrations.trainer",
+    "RefineTrainingArguments": "refine.integrations.trainer",
+    "accelerate_transformers": "refine.integrations.accelerate",
+}
+
 
 def __getattr__(name: str):
-    """The trainer is imported where it is used: it needs accelerate, and transformers' Trainer takes a while."""
-    if name in ("RefineTrainer", "RefineTrainingArguments"):
-        from refine.integrations import trainer
-
-        return getattr(trainer, name)
-    raise AttributeError(f"module 'refine' has no attribute {name!r}")
+    """What is imported late."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'refine' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

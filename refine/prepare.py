@@ -5,6 +5,7 @@ model, its tokenizer, the device and what to read.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from dataclasses import dataclass
 from importlib import resources
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
+from refine.data.rows import first_line
 from refine.data.stream import DataConfig
+from refine.files import why
 from refine.finite import first_not_finite
 from refine.method.config import RefineConfig
 from refine.method.rewards import REWARDS, find_reward
@@ -52,8 +56,8 @@ class TextSettings:
 
     dataset_name_or_path: str | None = setting(
         None,
-        "a .parquet, .jsonl or .txt file, a folder, a hub name, or default, recall, default+recall: "
-        "the text of every Python installation, generated recall documents, both",
+        "a .parquet, .jsonl or .txt file, a folder, a hub name, or default (the text of every Python "
+        "installation), recall, needles (generated documents of recall), default+recall, default+needles",
     )
     dataset_config: str | None = setting(None, "the configuration of a hub dataset")
     dataset_split: str = setting("train", "the split of a hub dataset")
@@ -92,10 +96,17 @@ def load_model_and_tokenizer(
             raise SettingsError(str(error)) from error
         return model, tokenizer
     path = checkpoint or chosen.model_name_or_path or packaged_model()
+    _check_readable(Path(path))
     try:
         model = load_model(path, dtype=torch.float32)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError) as error:
+        raise SettingsError(str(error).split("\n")[0]) from error
+    except (RuntimeError, SafetensorError) as error:  # weights of another shape, a torn file
+        raise SettingsError(
+            f"the model {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
     if name := first_not_finite(dict(model.named_parameters())):
         raise SettingsError(f"{path}: the weights are not finite ({name})")
     tokenizer = _load_tokenizer(chosen.tokenizer_name_or_path or path)
@@ -143,6 +154,12 @@ def try_reward(config: RefineConfig, hidden_size: int) -> None:
         raise SettingsError(f"reward {config.reward!r} must return finite numbers, got {given.tolist()}")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says so; on a CPU PyTorch raises a plain RuntimeError."""
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return out_of_memory or "can't allocate memory" in str(error)
+
+
 def packaged_model() -> Path:
     """The folder of the tiny DeltaNet that comes with this package."""
     return Path(str(resources.files("refine") / "assets" / "tiny-delta-net"))
@@ -166,6 +183,22 @@ def data_config(settings: Any) -> DataConfig:
     """The part of the settings that says what to read and how to cut it."""
     names = {f.name for f in dataclasses.fields(DataConfig)}
     return DataConfig(**{name: getattr(settings, name) for name in names if hasattr(settings, name)})
+
+
+def _check_readable(folder: Path) -> None:
+    """Whether the files of a local model may be read; elsewhere a missing permission reads like a missing file."""
+    if not folder.is_dir():
+        return
+    try:
+        for path in folder.iterdir():
+            if path.suffix in (".json", ".safetensors"):
+                path.open("rb").close()
+            if path.name in ("config.json", "tokenizer_config.json"):
+                dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise SettingsError(f"the model {str(folder)!r} cannot be read: {why(error)}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise SettingsError(f"{path} is no whole JSON object: {first_line(error)}") from error
 
 
 def _check_vocabulary(tokenizer, vocab_size: int) -> None:

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import yaml
 
 LARGEST_FILE = 100_000  # values in a YAML file, with what its aliases stand for written out
-IMPORTED = ("reward", "selection", "objective")  # settings that may be module:function
+IMPORTED = ("reward", "selection", "objective", "reward_funcs")  # settings that may be module:function
 
 # What other tools call a setting; a text with a blank is said as it is.
 SYNONYMS = {
@@ -35,11 +35,9 @@ SYNONYMS = {
         "the length of a run is counted in updates: 'max_steps'",
     ),
     **dict.fromkeys(("steps", "num_steps", "train_steps", "max_iters", "total_steps"), "max_steps"),
-    **dict.fromkeys(
-        ("beta", "kl_coef", "kl_coeff", "kl_penalty"),
-        "the objective has no KL term; the weight of its policy loss is 'lambda_rl'",
-    ),
-    **dict.fromkeys(("epsilon", "clip_eps", "epsilon_low", "epsilon_high", "cliprange"), "clip_range"),
+    **dict.fromkeys(("kl_coef", "kl_coeff", "kl_penalty"), "beta"),
+    **dict.fromkeys(("epsilon", "clip_eps", "epsilon_low", "cliprange"), "clip_range"),
+    **dict.fromkeys(("epsilon_high", "clip_ratio_high"), "clip_range_high"),
     "delta": "dual_clip",
     **dict.fromkeys(("num_generations", "group_size", "num_samples_per_prompt", "n"), "num_rollouts"),
     **dict.fromkeys(("max_completion_length", "max_new_tokens", "response_length", "k"), "rollout_length"),
@@ -269,8 +267,10 @@ def build(cls: type, values: dict[str, Any]) -> Any:
         SettingsError: values that cannot be.
     """
     for name in IMPORTED:
-        value = values.get(name)
-        if isinstance(value, str) and ":" in value:
+        given = values.get(name)
+        for value in given if isinstance(given, list) else [given]:
+            if not isinstance(value, str) or ":" not in value:
+                continue
             if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value):
                 raise SettingsError(f"{name} must be a name or module:function, got {short(value)}")
             print(

@@ -7,11 +7,10 @@ What a step is stands in :mod:`refine.method`, what the phases do in :mod:`refin
 from __future__ import annotations
 
 import dataclasses
-import signal
+import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,21 @@ from transformers import get_scheduler
 from transformers.utils.logging import disable_progress_bar
 
 from refine.data.document import DataError
-from refine.evaluation.held_out import evaluate_held_out
+from refine.evaluation.recall import answered_greedily, questions_of_recall
 from refine.files import why, write_whole
-from refine.prepare import check_environment, choose_device, load_model_and_tokenizer, try_reward
+from refine.prepare import (
+    check_environment,
+    choose_device,
+    is_out_of_memory,
+    load_model_and_tokenizer,
+    try_reward,
+)
 from refine.settings import SettingsError, to_yaml
+from refine.signals import Terminated, name_and_code, stop_requests, terminations
 from refine.training import checkpoint, resume
+from refine.training.group_phase import write_completions
 from refine.training.parallel import World, join_world, wrap
-from refine.training.phases import Phase, open_streams
+from refine.training.phases import make_phase, open_streams
 from refine.training.plots import draw_plots
 from refine.training.report import print_report, show
 from refine.training.run_folder import RunFolder
@@ -38,10 +45,6 @@ from refine.training.update import adamw
 
 class TrainingStopped(RuntimeError):
     """The run cannot go on: the message says why, and what is saved."""
-
-
-class Terminated(BaseException):
-    """SIGTERM came where nothing can be finished first."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,14 +59,15 @@ def main(arguments: list[str] | None = None) -> int:
         sentence = f"{why(error)}" if isinstance(error, OSError) and error.errno else str(error)
         return _say(sentence, run, 2)
     except TrainingStopped as error:
-        return _say(str(error), run, 1)
+        there = run[0].whole_checkpoints() if run else ""
+        return _say(f"{error}; {there}; go on from one with --resume_from_checkpoint FOLDER", run, 1)
     except ValueError as error:  # of the model or the method, about what it was given
         return _say(str(error), run, 1 if run and run[0].begun else 2)
     except (KeyboardInterrupt, Terminated) as error:
-        name, code = ("SIGTERM", 143) if isinstance(error, Terminated) else ("SIGINT", 130)
+        name, code = name_and_code(error)
         return _say(f"stopped by {name}", run, code)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _say(
             f"out of memory ({str(error).splitlines()[0]}). Try a smaller per_device_train_batch_size, "
@@ -113,6 +117,7 @@ class _Run:
         self.between = (
             False  # the weights are amid an update: the optimizer has begun, the counters have not moved
         )
+        self.rotation_is_due = False
         self.tracker: Tracker | None = None
 
     def go(self) -> Path:
@@ -163,9 +168,10 @@ class _Run:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = wrap(model, world, torch.bfloat16 if settings.bf16 else None)
         self.stream, self.held_out = open_streams(settings, self.tokenizer, world)
+        self.questions = self._questions()
         self.optimizer = adamw(self.model, settings)
         self.optimizer.register_step_pre_hook(self._amid_an_update)
-        self.phase = Phase(settings, self.model, self.optimizer, world)
+        self.phase = make_phase(settings, self.model, self.optimizer, world, self.tokenizer)
         self.schedule = get_scheduler(
             settings.lr_scheduler_type,
             self.optimizer,
@@ -228,18 +234,21 @@ class _Run:
             [next(batches).to(self.world.device) for _ in range(settings.gradient_accumulation_steps)]
             for _ in range(updates)
         ]
-        for mini_batch, draws in zip(mini_batches, self.phase.draw(mini_batches, counters["step"])):
+        drawn = list(zip(mini_batches, self.phase.draw(mini_batches, counters["step"])))
+        for mini_batch, draws in (drawn * settings.num_iterations)[: settings.max_steps - counters["step"]]:
             began = time.perf_counter()
             metrics, last = self.phase.update(mini_batch, draws, counters["step"])
             self.count(metrics, time.perf_counter() - began)
             self.position = self.stream.state_dict()
             self.between = False
+            self.rotate(proven=not metrics["skipped"])
             self.record(metrics, mini_batch, last)
             show(bar, metrics, counters)
             if self.skipped_in_a_row >= settings.max_skipped_updates:
                 raise TrainingStopped(
                     f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient "
-                    f"(max_skipped_updates); stopped at update {counters['step']}"
+                    f"(max_skipped_updates; is learning_rate={settings.learning_rate:g} too large?); stopped at "
+                    f"update {counters['step']}"
                 )
             left = settings.max_steps - counters["step"]
             if self.held_out and settings.eval_steps and counters["step"] % settings.eval_steps == 0 < left:
@@ -269,8 +278,12 @@ class _Run:
             self.log(metrics)
         if self.tracker is None or last is None or not settings.sample_steps or step % settings.sample_steps:
             return
-        folder, ids = self.folder.path / "samples", mini_batch[-1].input_ids
-        self.tracker.attempt("samples", lambda: write_samples(folder, step, ids, last, self.tokenizer))
+        folder, batch = self.folder.path / "samples", mini_batch[-1]
+        if settings.phase == "grpo":
+            self.tracker.attempt("samples", lambda: write_completions(folder, step, batch, last))
+        else:
+            ids = batch.input_ids
+            self.tracker.attempt("samples", lambda: write_samples(folder, step, ids, last, self.tokenizer))
 
     def log(self, metrics: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""
@@ -280,11 +293,20 @@ class _Run:
     def evaluate(self) -> dict[str, float]:
         """The measures of held-out data."""
         with self.phase.precision():
-            measured = evaluate_held_out(self.model, self.held_out, self.settings, seed=self.settings.seed)
-            return measured | self.phase.measure(self.held_out)
+            measured = self.phase.measure(self.held_out)
+            for name, rows in self.questions.items():
+                measured[f"eval_{name}"] = sum(answered_greedily(self.model, rows)) / len(rows)
+            return measured
+
+    def rotate(self, proven: bool) -> None:
+        """Remove old checkpoints once the newest has proven good: an update from it, or an evaluation, was finite.
+        So a model that the last update ruined pushes no good one out."""
+        if proven and self.rotation_is_due and self.world.is_main:
+            self.folder.rotate(self.settings.save_total_limit)
+            self.rotation_is_due = False
 
     def save(self) -> None:
-        """A checkpoint of the last whole update. While updates are being skipped no older one is removed."""
+        """A checkpoint of the last whole update."""
         step, settings = self.counters["step"], self.settings
         state = {
             "schedule": self.schedule.state_dict(),
@@ -299,13 +321,14 @@ class _Run:
         except checkpoint.NotFiniteError as error:
             raise TrainingStopped(
                 f"after update {step} {error} is not finite (is learning_rate={settings.learning_rate:g} or "
-                f"weight_decay={settings.weight_decay:g} too large?); this model is not saved"
+                f"weight_decay={settings.weight_decay:g} too large?); it is not saved"
             ) from error
         except checkpoint.CheckpointError as error:
             raise checkpoint.CheckpointError(f"{error}; {self.folder.whole_checkpoints()}") from error
         self.saved_step = step
         if self.world.is_main:
-            self.folder.wrote(path, None if self.skipped_in_a_row else settings.save_total_limit)
+            self.folder.wrote(path)
+            self.rotation_is_due = True
             size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
             tqdm.write(f"saved {path} ({size:.0f} MB, {time.perf_counter() - began:.1f} s)")
 
@@ -326,11 +349,12 @@ class _Run:
         if self.held_out:
             after = self.evaluate()
             self.log(after)
+        self.rotate(proven=after is None or all(map(math.isfinite, after.values())))
         final = self.folder.path / "final"
         try:
             checkpoint.save_folder(final, self.model, self.tokenizer, world=self.world)
         except checkpoint.NotFiniteError as error:
-            raise TrainingStopped(f"{error} is not finite; this model is not saved") from error
+            raise TrainingStopped(f"{error} is not finite; the model is not saved") from error
         self.close()
         if self.tracker is not None:
             plots = self._draw()
@@ -348,6 +372,18 @@ class _Run:
         if self.world.is_main:
             print(text)
 
+    def _questions(self) -> dict[str, list]:
+        """What every evaluation asks the model."""
+        settings = self.settings
+        if not settings.recall_samples:
+            return {}
+        try:
+            return questions_of_recall(
+                self.tokenizer, settings.max_length, settings.recall_samples, settings.seed
+            )
+        except ValueError as error:
+            raise SettingsError(f"recall_samples: {error}; max_length is {settings.max_length}") from error
+
     def _draw(self) -> list[Path]:
         try:
             return draw_plots(self.folder.path)
@@ -361,46 +397,6 @@ class _Run:
         self.between = True
 
 
-@contextmanager
-def stop_requests() -> Iterator[list[str]]:
-    """A list that is filled by the first Ctrl-C or SIGTERM; the second one stops at once."""
-    received: list[str] = []
-
-    def note(number, frame):
-        if received:
-            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
-        received.append(signal.Signals(number).name)
-        tqdm.write(f"{received[0]}: finishing this update, then saving; once more to stop at once")
-
-    with _handlers({signal.SIGINT: note, signal.SIGTERM: note}):
-        yield received
-
-
-@contextmanager
-def terminations() -> Iterator[None]:
-    """SIGTERM as an exception, like Ctrl-C."""
-
-    def stop(number, frame):
-        raise Terminated
-
-    with _handlers({signal.SIGTERM: stop}):
-        yield
-
-
-@contextmanager
-def _handlers(handlers: dict[int, Any]) -> Iterator[None]:
-    try:
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    except ValueError:  # not in the main thread, which alone handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _say(sentence: str, run: list[RunFolder], code: int) -> int:
     """One sentence, with what is saved."""
     saved = run[0].last_saved if run else None
@@ -408,12 +404,6 @@ def _say(sentence: str, run: list[RunFolder], code: int) -> int:
         sentence += f"; the last checkpoint is {saved}, go on with --resume_from_checkpoint auto"
     print(f"refine.train: {sentence}", file=sys.stderr)
     return code
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """On a CPU PyTorch raises a plain RuntimeError."""
-    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return out_of_memory or "can't allocate memory" in str(error)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,8 @@ import torch
 
 from refine.data.document import BadRow, DataError, cut_middle, stable_hash
 from refine.data.recall_documents import recall_document, recall_items
-from refine.data.rows import KINDS, all_rows
-from refine.data.stream import DataConfig, DataCounts, Example, collate
+from refine.data.rows import KINDS, all_rows, first_line
+from refine.data.stream import DataConfig, DataCounts, Example, collate, compare_position
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["PairBatch", "PairColumns", "PairStream", "held_out_pairs", "training_pairs"]
 
-_GENERATED = (None, "default", "recall", "default+recall")
+GENERATED = (None, "default", "recall", "default+recall")
 _ITEMS = {"train": 256, "held_out": 64}  # of the generated set
 _QUESTION = (
     "Answer the question based on the given passages. "
@@ -85,9 +86,12 @@ class PairStream:
         endless: bool,
         rank: int = 0,
         world_size: int = 1,
+        collate: Callable[[list, int], Any] | None = None,
     ):
-        self.pad_id, self.counts = pad_id, counts
+        self.pad_id, self.counts, self._collate = pad_id, counts, collate or _collate
         self._pairs, self._config, self._endless = pairs, config, endless
+        parts = b"".join(part.tobytes() for pair in pairs for part in (pair.prompt, pair.answer))
+        self._tokens = f"{zlib.crc32(parts):08x}"
         self._rank, self._world_size = rank, world_size
         self._rounds = 0  # pairs that every rank has taken
 
@@ -103,7 +107,7 @@ class PairStream:
             chosen = [self._at((self._rounds + i) * self._world_size + self._rank) for i in range(count)]
             self._rounds += count
             self.counts.windows += count * self._world_size
-            yield _collate(chosen, self.pad_id)
+            yield self._collate(chosen, self.pad_id)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, for JSON, on any number of ranks."""
@@ -111,12 +115,9 @@ class PairStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position that ``state_dict`` gave, of a stream with the same pairs and settings."""
-        for setting, value in self._settings().items():
-            if state["settings"].get(setting) != value:
-                raise DataError(
-                    f"{setting} is {value!r}, but the position to resume from was saved with "
-                    f"{state['settings'].get(setting)!r}"
-                )
+        compare_position(self._settings(), state["settings"])
+        if not isinstance(state["taken"], int) or state["taken"] < 0:
+            raise ValueError(f"{state['taken']!r} pairs taken")
         self._rounds = -(-state["taken"] // self._world_size)
         self.counts = replace(self.counts, windows=state["taken"])
 
@@ -126,6 +127,7 @@ class PairStream:
             "dataset_name_or_path": Path(config.dataset_name_or_path or "default").name,
             "number of pairs": len(self._pairs),
             "fingerprint of the pairs": stable_hash(repr([pair.key for pair in self._pairs])),
+            "tokens of the pairs": self._tokens,
             "max_length": config.max_length,
             "shuffle": config.shuffle_buffer > 1,
             "seed": config.seed,
@@ -168,45 +170,57 @@ def held_out_pairs(
     return PairStream(pairs, config, pad_id, counts, endless=False)
 
 
+def encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[..., list[int]], int, int]:
+    """``encode(text, special=True)`` without an end, the end's id, and the id to pad with."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise DataError(f"the tokenizer {tokenizer.name_or_path!r} has no eos_token to end an answer with")
+
+    def encode(text: str, special: bool = True) -> list[int]:
+        ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        return ids[:-1] if ids[-1:] == [end] else ids
+
+    return encode, end, end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def is_held_out(key: int, number: int, config: DataConfig) -> bool:
+    """Whether row ``number`` of a file is measured on and not trained on; never the first."""
+    return number > 1 and key < config.eval_fraction * 2**64
+
+
 class _NoPairs(DataError):
     """The file holds no pair for this split."""
 
 
 def _read(config, columns, tokenizer, split: str) -> tuple[list[Pair], DataCounts, int]:
     """All pairs of a split, what was left out, and the id to pad with."""
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise DataError(f"the tokenizer {tokenizer.name_or_path!r} has no eos_token to end an answer with")
-    pad_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-    def encode(text: str, special: bool = True) -> list[int]:
-        ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-        return ids[:-1] if ids[-1:] == [end] else ids
-
+    encode, end, pad_id = encoder(tokenizer)
     counts = DataCounts()
     given = config.eval_dataset_name_or_path if split == "held_out" else None
     name = given or config.dataset_name_or_path
-    if name in _GENERATED:
-        source, texts = "the generated pairs", enumerate(_generated(config, encode, split), 1)
+    if name in GENERATED:
+        source, texts = "the generated pairs", enumerate(generated_pairs(config, encode, split), 1)
     else:
         source, texts = str(name), _from_file(Path(name).expanduser(), config, columns, encode, counts)
-    divided = given is None and config.eval_dataset_name_or_path is None and name not in _GENERATED
+    divided = given is None and config.eval_dataset_name_or_path is None and name not in GENERATED
     pairs = []
     for number, (prompt, answer) in texts:
         key = stable_hash(f"{Path(source).name}:{number}")
-        held_out = bool(pairs or number > 1) and key < config.eval_fraction * 2**64
-        if divided and held_out != (split == "held_out"):
+        if divided and is_held_out(key, number, config) != (split == "held_out"):
             continue
-        ids = encode(prompt)
+        try:
+            ids, reply = encode(prompt), encode(answer_after(prompt, answer), special=False)
+        except (TypeError, ValueError, OverflowError) as error:  # lone surrogates, say
+            where = f"row {number} of {source}: the tokenizer refuses it ({first_line(error)})"
+            counts.note(BadRow(lambda where=where: where))
+            continue
         if len(ids) < config.min_length:
             counts.short_documents += 1
             counts.longest_short = max(counts.longest_short, len(ids))
             continue
         counts.cut_prompts += len(ids) > config.max_length
         ids = cut_middle(ids, config.max_length)
-        space = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
-        reply = [*encode(space + answer, special=False), end]
-        pairs.append(Pair(key - 2**63, np.asarray(ids, np.int32), np.asarray(reply, np.int32)))
+        pairs.append(Pair(key - 2**63, np.asarray(ids, np.int32), np.asarray([*reply, end], np.int32)))
     counts.documents = len(pairs)
     if not pairs:
         short = f"; {counts.short_documents} prompts are shorter than min_length={config.min_length}"
@@ -217,7 +231,12 @@ def _read(config, columns, tokenizer, split: str) -> tuple[list[Pair], DataCount
     return pairs, counts, pad_id
 
 
-def _generated(config, encode, split: str) -> Iterator[tuple[str, str]]:
+def answer_after(prompt: str, answer: str) -> str:
+    """The answer with a space before it where neither text has one."""
+    return answer if prompt[-1:].isspace() or answer[:1].isspace() else f" {answer}"
+
+
+def generated_pairs(config: DataConfig, encode: Callable, split: str) -> Iterator[tuple[str, str]]:
     """Recall questions over the project's default text, of most of ``max_length`` tokens."""
     sample = [recall_document(0, index).text for index in range(4)]
     chars = 0.85 * config.max_length * sum(map(len, sample)) / sum(len(encode(text)) for text in sample)
@@ -233,9 +252,7 @@ def _from_file(
     good = []
 
     def leave_out(number: int, reason: str) -> None:
-        if not counts.bad_rows:
-            logger.warning("row %d of %s is left out, and any other like it: %s", number, path, reason)
-        counts.bad_rows += 1
+        counts.note(BadRow(lambda: f"row {number} of {path}: {reason}"))
 
     if not path.is_file():
         raise DataError(f"dataset_name_or_path: there is no file {str(path)!r}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -126,6 +126,8 @@ class SampleFiltered:
     seeds: torch.Tensor  # [B, T] int64
     temperature: float
     filters: LogitsProcessorList
+
+    needs_weight: ClassVar[bool] = True
 
     def __call__(self, hidden: torch.Tensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         logits = torch.nn.functional.linear(hidden, weight).flatten(0, 1)  # [B T, V]

@@ -197,6 +197,35 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
+def of_whole_update(objective: str) -> bool:
+    """Whether the loss is divided by the tokens of the whole update, so that batches' losses add up to it."""
+    return objective in ("dapo", "cispo")
+
+
+def clip_ratios(
+    log_ratio: torch.Tensor,  # [M, R]
+    advantages: torch.Tensor,  # [M]
+    counted: torch.Tensor,  # [M, R] bool
+    config: RefineConfig,
+    clipped: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """The share of tokens that are clipped, by TRL's names: below, above, and both; of gspo the completions.
+
+    ``clipped`` is the share that the objective gave, where it is the only one (cispo, one of the user's own).
+    """
+    if config.objective == "cispo":
+        return {"cispo_clip_ratio": clipped}
+    if config.objective not in OBJECTIVES or config.objective == "sapo":
+        return {"clip_ratio/region_mean": clipped}
+    if config.objective == "gspo":
+        log_ratio = torch.where(counted, log_ratio, 0.0).sum(1, keepdim=True) / counted.sum(1, keepdim=True)
+        counted = torch.ones_like(log_ratio, dtype=torch.bool)
+    ratio, gain = log_ratio.detach().exp(), advantages[:, None]
+    low = ((ratio < 1 - config.clip_range) & (gain < 0))[counted].float().mean()
+    high = ((ratio > 1 + config.upper_clip_range) & (gain > 0))[counted].float().mean()
+    return {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+
+
 def find_objective(name: str) -> Objective:
     """An objective by its name, or by ``module:function``.
 

@@ -27,6 +27,7 @@ def refine_loss(
     step: int,
     draw: RefineStepOutput | None = None,
     context: ContextParallel | None = None,
+    reference: torch.nn.Module | None = None,
 ) -> RefineStepOutput:
     """A REFINE step whose draws follow from the run's seed, the step and each sequence's key alone; with ``draw``
     the rollouts are those of an earlier policy."""
@@ -40,6 +41,7 @@ def refine_loss(
         seeds=seeds,
         rollouts=rollouts,
         context=context,
+        reference=reference,
     )
 
 
@@ -61,6 +63,7 @@ def target_loss(
     targets: torch.Tensor,  # [B, T], -100 where there is none
     weight: torch.Tensor,  # [B, T] float32
     segment_length: int | None = None,
+    context: ContextParallel | None = None,
 ) -> torch.Tensor:
     """The weighted sum of next-token cross-entropies."""
-    return next_token_loss(model, LabelledTokens(input_ids, targets, weight), segment_length)
+    return next_token_loss(model, LabelledTokens(input_ids, targets, weight), segment_length, context)

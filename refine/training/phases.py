@@ -1,7 +1,8 @@
 """What the phases of training do: which data they read, how they take an update, what they measure.
 
 The one place where phases differ: ``mid`` takes REFINE steps on text, ``sft`` next-token steps; ``post`` takes
-one of these, or none, on the prompts of a batch of pairs, and then a step on the answers.
+one of these, or none, on the prompts of a batch of pairs, and then a step on the answers. ``grpo`` stands in
+:mod:`refine.training.group_phase`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ from typing import Any
 
 import torch
 
+from refine.data.curriculum import Curriculum
 from refine.data.pairs import PairBatch, PairColumns, PairStream, held_out_pairs, training_pairs
+from refine.data.prompts import PromptBatch, held_out_prompts, training_prompts
 from refine.data.stream import Batch, DataStream, held_out_stream, training_stream
-from refine.method import RefineStepOutput
+from refine.evaluation.held_out import evaluate_held_out
+from refine.method import RefineStepOutput, next_token_targets
 from refine.prepare import data_config
+from refine.training.group_phase import GroupPhase, load_reference
 from refine.training.losses import refine_loss, sequence_loss, target_loss
 from refine.training.parallel import World
 from refine.training.settings import TrainSettings
@@ -25,7 +30,7 @@ Draws = list[RefineStepOutput | None]  # one a micro-batch; None: rollouts are d
 
 def open_streams(
     settings: TrainSettings, tokenizer, world: World
-) -> tuple[DataStream | PairStream, list[Batch | PairBatch]]:
+) -> tuple[DataStream | Curriculum | PairStream, list[Batch | PairBatch | PromptBatch]]:
     """The endless stream to train on, and what is held out, a sequence or pair each.
 
     Raises:
@@ -33,7 +38,11 @@ def open_streams(
     """
     config, (rank, readers) = data_config(settings), world.readers
     held_out = None
-    if settings.phase == "post":
+    if settings.phase == "grpo":
+        stream = training_prompts(config, settings.prompt_column, tokenizer, rank=rank, world_size=readers)
+        if settings.eval_samples:
+            held_out = held_out_prompts(config, settings.prompt_column, tokenizer)
+    elif settings.phase == "post":
         columns = PairColumns(
             settings.prompt_column, settings.answer_column, settings.question_column, settings.passages_column
         )
@@ -41,18 +50,33 @@ def open_streams(
         if settings.eval_samples:
             held_out = held_out_pairs(config, columns, tokenizer)
     else:
-        stream = training_stream(config, tokenizer, rank=rank, world_size=readers)
+        if settings.length_schedule:
+            batches = settings.gradient_accumulation_steps
+            lengths = {update * batches: tokens for update, tokens in settings.length_schedule.items()}
+            stream = Curriculum(config, lengths, tokenizer, rank=rank, world_size=readers)
+        else:
+            stream = training_stream(config, tokenizer, rank=rank, world_size=readers)
         if settings.eval_samples:
             held_out = held_out_stream(config, tokenizer)
     return stream, list(islice(held_out.batches(1), settings.eval_samples)) if held_out else []
 
 
-class Phase:
+def make_phase(settings: TrainSettings, model, optimizer, world: World, tokenizer) -> Phase | GroupPhase:
     """The updates and measures of a run's phase."""
+    if settings.phase == "grpo":
+        return GroupPhase(settings, model, optimizer, world, tokenizer)
+    return Phase(settings, model, optimizer, world)
+
+
+class Phase:
+    """The updates and measures of the phases mid, sft and post."""
 
     def __init__(self, settings: TrainSettings, model, optimizer, world: World):
         self.settings, self.model, self.optimizer, self.world = settings, model, optimizer, world
         self.answers = settings.phase == "post"
+        self.reference = (
+            load_reference(settings, world) if settings.beta and settings.draws_rollouts else None
+        )
         self.on_text = {"mid": "refine", "sft": "sft", "post": settings.prompt_step}[settings.phase]
 
     def draw(self, mini_batches: list[list[Batch]], step: int) -> list[Draws]:
@@ -78,16 +102,17 @@ class Phase:
 
     @torch.no_grad()
     def measure(self, held_out: list[Batch | PairBatch]) -> dict[str, float]:
-        """What this phase measures of held-out data besides its text: the answers' loss, in nats per token."""
+        """The measures of held-out text, and with answers their loss, in nats per token."""
+        measured = evaluate_held_out(self.model, held_out, self.settings, seed=self.settings.seed)
         if not self.answers:
-            return {}
+            return measured
         total, tokens = 0.0, 0
         for batch in held_out:
             batch = batch.to(self.world.device)
             weight = (batch.full_targets != -100).float()
             total += target_loss(self.model, batch.full_ids, batch.full_targets, weight).item()
             tokens += int(weight.sum())
-        return {"eval_answer_loss": total / tokens}
+        return measured | {"eval_answer_loss": total / tokens}
 
     def precision(self):
         """Autocast as the settings say."""
@@ -96,18 +121,22 @@ class Phase:
     def _refine(self, batch: Batch, step: int, draw=None, context=None) -> RefineStepOutput:
         return refine_loss(
             self.model, batch.input_ids, self.settings, attention_mask=batch.attention_mask, keys=batch.keys,
-            seed=self.settings.seed, step=step, draw=draw, context=context,
+            seed=self.settings.seed, step=step, draw=draw, context=context, reference=self.reference,
         )  # fmt: skip
 
     def _update_on_text(
         self, mini_batch: list[Batch], draws: Draws, step: int
     ) -> tuple[dict[str, float], RefineStepOutput | None]:
         world, settings, count = self.world, self.settings, len(mini_batch)
+        total = self._total_weight(mini_batch) if settings.weighs_answers else None
         output = None
 
         def loss_of(batch: Batch, draw: RefineStepOutput | None) -> tuple[torch.Tensor, dict[str, Any]]:
             nonlocal output
-            if self.on_text == "sft":
+            if total is not None:
+                loss = self._weighted_loss(batch, total / count)
+                found = {"loss": loss, "ntp_loss": loss}
+            elif self.on_text == "sft":
                 loss = sequence_loss(
                     self.model, batch.input_ids, batch.attention_mask, settings.segment_length, world.relay
                 )
@@ -127,6 +156,19 @@ class Phase:
         tokens, skipped = sum(int(batch.attention_mask.sum()) for batch in mini_batch), metrics.pop("skipped")
         tokens = tokens if world.relay is not None else world.total(tokens)
         return metrics | {"tokens": tokens, "skipped": skipped}, output
+
+    def _total_weight(self, mini_batch: list[Batch]) -> float:
+        """The weights of all tokens of an update, the mean over processes."""
+        local = sum(float(_weights(batch).sum()) for batch in mini_batch)
+        return self.world.mean({"weight": local})["weight"]
+
+    def _weighted_loss(self, batch: Batch, total: float) -> torch.Tensor:
+        """The cross-entropies of a micro-batch by their weights, over ``total``."""
+        targets, _ = next_token_targets(batch.input_ids, batch.attention_mask.sum(1))
+        weight = _weights(batch) / max(total, 1e-9)
+        return target_loss(
+            self.model, batch.input_ids, targets, weight, self.settings.segment_length, self.world.relay
+        )
 
     def _update_on_answers(self, mini_batch: list[PairBatch], metrics: dict[str, float]) -> dict[str, float]:
         """The second update of a post-training step: next-token loss on the answers, every answer token of the
@@ -163,6 +205,12 @@ class Phase:
             "tokens": metrics["tokens"] + answer_tokens,
             "skipped": metrics["skipped"] + answer["skipped"],
         }
+
+
+def _weights(batch: Batch) -> torch.Tensor:
+    """[B, T] float32: what the prediction that each position makes counts, which is the next token's weight."""
+    weight = batch.attention_mask.float() if batch.weight is None else batch.weight * batch.attention_mask
+    return torch.cat([weight[:, 1:], torch.zeros_like(weight[:, :1])], 1)
 
 
 def _measures(output: RefineStepOutput, batch: Batch) -> dict[str, torch.Tensor]:

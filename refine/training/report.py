@@ -13,12 +13,16 @@ EVALUATED = {  # a measure of the held-out sequences -> what the report calls it
     "eval_cosine": "cosine reward",
     "eval_exact_match": "binary reward",
     "eval_answer_loss": "answer loss",
+    "eval_reward": "reward",
+    "eval_niah_single_1": "needles found in noise",
+    "eval_niah_single_2": "needles found in prose",
+    "eval_recall": "recall questions answered",
 }
 
 
 def show(bar: tqdm, metrics: dict[str, float], counters: dict[str, Any]) -> None:
     """Move the bar on by an update."""
-    shown = {"loss": f"{metrics['ntp_loss']:.3f}"}
+    shown = {"loss": f"{metrics.get('ntp_loss', metrics['loss']):.3f}"}
     if "reward" in metrics:
         shown["reward"] = f"{metrics['reward']:.3f}"
     shown["tok/s"] = f"{metrics['tokens_per_second']:.0f}"

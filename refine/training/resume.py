@@ -39,7 +39,7 @@ def compare_settings(
                 f"{name} is {short(value)}, but {folder} was made with {short(then)}, and a run keeps it. To begin "
                 f"a new run from its weights: --model_name_or_path {folder}"
             )
-    if "phase" in found and "post" in found["phase"]:
+    if "phase" in found and {"post", "grpo"} & set(found["phase"]):
         raise SettingsError(
             f"phase is {settings.phase}, but {folder} was made in phase {found['phase'][0]}, which reads other "
             f"data. To begin a new run from its weights: --model_name_or_path {folder}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, ClassVar
 
+from refine.data.curriculum import check_lengths
 from refine.method.config import RefineConfig
 from refine.prepare import ModelSettings, NewModelSettings, OptimizerSettings, TextSettings
 from refine.settings import (
@@ -20,8 +21,10 @@ from refine.settings import (
     read_yaml,
     setting,
 )
+from refine.training.text_rewards import TextRewards
 
-PHASES = ("mid", "sft", "post")
+PHASES = ("mid", "sft", "post", "grpo")
+SCALES = ("group", "none")
 PROMPT_STEPS = ("refine", "sft", "none")
 REPORTERS = ("tensorboard", "wandb")
 PARALLEL = ("none", "ddp", "fsdp2", "context")
@@ -44,14 +47,49 @@ class PairSettings:
 
 
 @dataclass(kw_only=True)
+class GroupSettings:
+    """Completions of prompts and their rewards (phase grpo); the names are TRL's."""
+
+    reward_funcs: list[str] = setting([], "module:function(prompts, completions, **columns), one or several")
+    reward_weights: list[float] | None = setting(None, "of reward_funcs; default: 1 each")
+    num_generations: int = setting(8, "completions per prompt, a group", least=2)
+    max_completion_length: int = setting(256, "tokens a completion may have", least=1)
+    num_iterations: int = setting(1, "times that completions are trained on", least=1)
+    scale_rewards: str = setting(
+        "group", "group: advantages have standard deviation 1 in each", choices=SCALES
+    )
+    top_k: int | None = setting(None, "sample among so many tokens", least=1)
+    top_p: float | None = setting(None, "sample among tokens of so much probability together", over=0, most=1)
+    min_p: float | None = setting(None, "sample among tokens of this share of the largest", least=0, most=1)
+    max_branches: int | None = setting(None, "completions whose activations are alive at a time", least=1)
+
+
+@dataclass(kw_only=True)
 class StreamSettings(TextSettings):
     """What to train on, what to measure on, and how both are cut."""
 
     eval_dataset_name_or_path: str | None = setting(None, "default: documents held out of the training data")
     eval_fraction: float = setting(0.05, "of the documents, held out for evaluation", least=0, under=1)
-    recall_weight: float = setting(0.5, "of the windows of default+recall", over=0, under=1)
+    recall_weight: float = setting(
+        0.5, "of the windows of default+recall or default+needles", over=0, under=1
+    )
+    answers_column: str | None = setting(
+        None,
+        "a row's answers: a list of texts in it (the last place is meant) or of [first, behind] in characters",
+    )
+    answer_weight: float = setting(
+        1.0,
+        "of an answer's tokens in the next-token loss (phase sft); tokens of documents without answers count 1",
+        over=0,
+    )
+    context_weight: float = setting(1.0, "of the other tokens of a document with answers", least=0)
     shuffle_buffer: int = setting(128, "sequences shuffled together; 1: in order", least=1)
     max_length: int = setting(16384, "tokens a sequence")
+    length_schedule: dict[str, Any] = setting(
+        {},
+        "a curriculum of lengths, as update=tokens,update=tokens: 0=128,500=512,900=1024; shorter sequences come "
+        "in larger batches, of about as many tokens",
+    )
     min_length: int | None = setting(
         None, "shorter documents are skipped; default: what the method needs (1 for pairs' answers)"
     )
@@ -59,7 +97,13 @@ class StreamSettings(TextSettings):
 
 @dataclass(kw_only=True)
 class TrainSettings(
-    RefineConfig, ModelSettings, NewModelSettings, StreamSettings, PairSettings, OptimizerSettings
+    RefineConfig,
+    ModelSettings,
+    NewModelSettings,
+    StreamSettings,
+    PairSettings,
+    GroupSettings,
+    OptimizerSettings,
 ):
     """Everything that ``python -m refine.train`` can be told; the method's own settings are inherited.
 
@@ -69,14 +113,17 @@ class TrainSettings(
 
     GROUPS: ClassVar[dict[str, type]] = {
         "method": RefineConfig, "model": ModelSettings, "new_model": NewModelSettings, "data": StreamSettings,
-        "pairs": PairSettings, "optimizer": OptimizerSettings,
+        "pairs": PairSettings, "groups": GroupSettings, "optimizer": OptimizerSettings,
     }  # fmt: skip
-    ALIASES: ClassVar[dict[str, str]] = {"model": "model_name_or_path"}
+    ALIASES: ClassVar[dict[str, str]] = {
+        "model": "model_name_or_path", "loss_type": "objective", "epsilon": "clip_range",
+        "epsilon_high": "clip_range_high", "delta": "dual_clip",
+    }  # fmt: skip
 
     phase: str = setting(
         "mid",
         "mid: REFINE steps; sft: next-token loss alone; post: for each batch of pairs a step on the prompts "
-        "(prompt_step), then one on the answers",
+        "(prompt_step), then one on the answers; grpo: completions of prompts, rewarded by reward_funcs",
         choices=PHASES,
     )
     prompt_step: str = setting("refine", "with phase post", choices=PROMPT_STEPS)
@@ -107,6 +154,11 @@ class TrainSettings(
     sample_steps: int = setting(10, "updates between two rollout samples; 0: none", least=0)
     eval_steps: int = setting(0, "updates between two evaluations; 0: first and last", least=0)
     eval_samples: int = setting(16, "held-out sequences an evaluation; 0: none", least=0)
+    recall_samples: int = setting(
+        0,
+        "needles (niah_single_1, niah_single_2) and recall questions each, asked at every evaluation",
+        least=0,
+    )
     save_steps: int = setting(50, "updates between two checkpoints; 0: only the end", least=0)
     save_total_limit: int | None = setting(2, "checkpoints kept; none: all", least=1)
     report_to: list[str] = setting([], "where metrics go besides metrics.jsonl", choices=REPORTERS)
@@ -126,9 +178,10 @@ class TrainSettings(
             raise SettingsError("config_overrides describe a new model: they need model_type")
         if self.mimetic_init and not self.model_type:
             raise SettingsError("mimetic_init is about a new model: it needs model_type")
+        least = 1 if self.phase == "grpo" else self.min_tokens
         if self.min_length is None:
-            self.min_length = self.min_tokens
-        if self.min_length < self.min_tokens:
+            self.min_length = least
+        if self.min_length < least:
             raise SettingsError(
                 f"min_length must be at least {self.min_tokens} for num_chunks={self.num_chunks} and "
                 f"rollout_length={self.rollout_length}, got {self.min_length}"
@@ -138,14 +191,50 @@ class TrainSettings(
                 f"max_length must be at least min_length={self.min_length} (num_chunks={self.num_chunks}, "
                 f"rollout_length={self.rollout_length}), got {self.max_length}"
             )
+        if self.length_schedule:
+            self._check_lengths()
+        if self.weighs_answers and self.phase != "sft":
+            raise SettingsError(
+                "answer_weight and context_weight are about the next-token loss of phase sft, and must be 1 in "
+                f"phase {self.phase}; got {self.answer_weight:g} and {self.context_weight:g}"
+            )
         if self.parallel == "context" and self.segment_length is None:
             raise SettingsError("parallel context shares documents by segments: set segment_length")
-        if self.phase == "post" and self.parallel == "context":
+        if self.phase in ("post", "grpo") and self.parallel == "context":
             raise SettingsError("parallel context shares the documents of phases mid and sft, not pairs")
-        if not self.draws_rollouts and self.num_mini_batches > 1:
+        if self.phase != "grpo" and not self.draws_rollouts and self.num_mini_batches > 1:
             raise SettingsError(
                 "num_mini_batches is about rollouts: it must be 1 with phase sft and without prompt_step refine"
             )
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        if self.phase != "grpo":
+            for name in ("reward_funcs", "reward_weights"):
+                if getattr(self, name):
+                    raise SettingsError(
+                        f"{name} is for phase grpo; the reward of phase {self.phase} is 'reward'"
+                    )
+            if self.num_iterations > 1:
+                raise SettingsError("num_iterations is for phase grpo; others have num_mini_batches")
+            return
+        try:
+            TextRewards(self.reward_funcs, self.reward_weights)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+
+    def _check_lengths(self) -> None:
+        if self.phase == "post":
+            raise SettingsError("length_schedule is about the documents of phases mid and sft, not pairs")
+        try:
+            self.length_schedule = check_lengths(self.length_schedule, self.max_length, self.min_length)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+
+    @property
+    def weighs_answers(self) -> bool:
+        """Whether tokens of a document count differently in the loss."""
+        return (self.answer_weight, self.context_weight) != (1, 1)
 
     @property
     def draws_rollouts(self) -> bool:

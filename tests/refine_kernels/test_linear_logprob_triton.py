@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -202,7 +200,7 @@ def test_nan_stays_in_its_row():
     for value in (*out[:3], dx, dx_dense):
         bad = value.isnan().flatten(1).any(1) if value.ndim > 1 else value.isnan()
         assert bad.nonzero().flatten().tolist() == [4]
-    assert ((out.token >= 0) & (out.token < 11)).all()
+    assert out.token[4] == -1 and ((out.token >= 0) & (out.token < 11)).sum() == 8
     target[4] = IGNORE
     loss, entropy = linear_cross_entropy(x, weight, target, return_entropy=True, **TRITON)
     dx, dw = torch.autograd.grad(loss, (x, weight))
@@ -357,22 +355,3 @@ def test_compile():
         assert torch.equal(eager, traced)
     for eager, traced in zip(*(torch.autograd.grad(f(x, weight)[0], (x, weight)) for f in (run, compiled))):
         assert relative_error(traced, eager) == 0
-
-
-def test_variants_are_what_the_launcher_chooses():
-    from refine_kernels.linear_logprob.variants import kernel_variants
-
-    variants = list(kernel_variants())
-    assert len({v.name for v in variants}) == len(variants)
-    chips = ("sm_80", "sm_90", "sm_100", "gfx942")
-    for chip, N, noise in itertools.product(chips, (3, 40, 999), (True, False)):
-        tile = triton_forward.choose_tile(N, torch.bfloat16, noise, chip)
-        chosen = {"D": 2048, "HAS_SOFTCAP": False, **tile.constants}
-        assert any(
-            v.kernel is triton_forward.forward_kernel
-            and chip in v.archs
-            and chosen.items() <= v.constants.items()
-            and (v.num_warps, v.num_stages) == (tile.num_warps, tile.num_stages)
-            and ("seed" in v.constants) != noise
-            for v in variants
-        )
