@@ -38,6 +38,20 @@ MODELS = {
         "LaCT, hidden 256, 4 layers, 2 fast heads of 128, chunk 512, window 512",
         {"num_attn_heads": 4, "num_lact_heads": 2, "lact_chunk_size": 512, "window_size": 512},
     ),
+    "qwen3_5": (
+        "Qwen3.5, hidden 256, 8 layers, 2 of them attention (4 heads of 64), 4 value and 2 key heads of 64",
+        {
+            "num_hidden_layers": 8,
+            "intermediate_size": 768,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+        },
+    ),
 }
 # One length, with gradient checkpointing, and full-prefix recomputation beside it: without it, the activations of
 # 16K tokens are 19 GB in float32 for the smaller one.

@@ -17,13 +17,12 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from refine.data.document import DataError
 from refine.data.recall_documents import recall_items
 from refine.data.stream import DataConfig, held_out_stream
 from refine.evaluation.answers import answer_items
 from refine.evaluation.held_out import held_out_by_document
 from refine.evaluation.metrics import wilson_interval
-from refine.evaluation.predictions import Predictions, PredictionsError, fingerprint
+from refine.evaluation.predictions import RESULTS, Predictions, PredictionsError, check_folder, fingerprint
 from refine.evaluation.recall import evaluate_copying, evaluate_recall
 from refine.evaluation.report import (
     average_scores,
@@ -41,8 +40,16 @@ from refine.evaluation.tasks.niah import NIAH_TASKS, SAMPLES, NiahGenerator, Tok
 from refine.evaluation.tasks.qa import qa_items
 from refine.evaluation.tasks.rows import BadRows, Columns
 from refine.evaluation.tasks.words import find_words
-from refine.prepare import check_environment, choose_device, load_model_and_tokenizer, try_reward
+from refine.files import why, write_whole
+from refine.prepare import (
+    check_environment,
+    choose_device,
+    is_out_of_memory,
+    load_model_and_tokenizer,
+    try_reward,
+)
 from refine.settings import SettingsError
+from refine.signals import Terminated, name_and_code, terminations
 
 DOCUMENTS = 96  # of a measure
 COPY_DISTANCES = (32, 64, 128)
@@ -51,16 +58,24 @@ COPY_DISTANCES = (32, 64, 128)
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; 0 when it ended well, 2 with one sentence when it could not begin."""
     disable_progress_bar()  # of loading
+    code, sentence = 0, ""
     try:
-        settings = parse_settings(sys.argv[1:] if arguments is None else arguments)
-        evaluate(settings)
-    except (SettingsError, DataError, PredictionsError, FileNotFoundError) as error:
-        print(f"refine.eval: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("refine.eval: stopped; answers in output_dir are whole, go on with --resume", file=sys.stderr)
-        return 130
-    return 0
+        with terminations():
+            evaluate(parse_settings(sys.argv[1:] if arguments is None else arguments))
+    except OSError as error:
+        code, sentence = 2, why(error) if error.errno else str(error)
+    except ValueError as error:  # of settings, data, files, or of the model about what it was given
+        code, sentence = 2, str(error)
+    except (KeyboardInterrupt, Terminated) as error:
+        name, code = name_and_code(error)
+        sentence = f"stopped by {name}; answers that are in output_dir stay, go on with --resume"
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        code, sentence = 1, f"out of memory ({str(error).splitlines()[0]}). Try a smaller batch_size"
+    if sentence:
+        print(f"refine.eval: {sentence}", file=sys.stderr)
+    return code
 
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
@@ -71,6 +86,9 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
             the model or earlier predictions is wrong; raised before any answer.
     """
     check_environment()
+    folder = None if settings.output_dir is None else Path(settings.output_dir)
+    if folder is not None:
+        check_folder(folder, settings.resume, settings.overwrite_output_dir)
     device = choose_device(settings.device)
     model, tokenizer = load_model_and_tokenizer(settings)
     try_reward(settings, model.config.hidden_size)
@@ -79,7 +97,6 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     items = _items(settings, tokenizer, bad)
     for sentence in bad.describe():
         print(f"refine.eval: {sentence}", file=sys.stderr)
-    folder = None if settings.output_dir is None else Path(settings.output_dir)
     identity = _identity(settings, model) if items else {}
     predictions = Predictions(
         folder if items else None, identity, resume=settings.resume, overwrite=settings.overwrite_output_dir
@@ -221,13 +238,14 @@ def _say_counts(scores, bad: BadRows, trainer) -> None:
 def _write(folder: Path, record: dict[str, Any], lines: list[dict[str, Any]]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "results.json.partial"
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / "results.json")
+        write_whole(folder / RESULTS, json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise PredictionsError(f"output_dir {str(folder)!r} cannot be written: {why(error)}") from error
+    try:
         if draw_heat_maps(lines, folder / "niah.png"):
             print(f"picture  {folder / 'niah.png'}")
-    except OSError as error:
-        raise PredictionsError(f"output_dir {str(folder)!r} cannot be written: {error.strerror}") from error
+    except Exception as error:  # no picture is worth an evaluation
+        print(f"no picture: {type(error).__name__}: {why(error)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

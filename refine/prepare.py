@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from refine.data.stream import DataConfig
+from refine.files import why
 from refine.finite import first_not_finite
 from refine.method.config import RefineConfig
 from refine.method.rewards import REWARDS, find_reward
@@ -92,10 +94,17 @@ def load_model_and_tokenizer(
             raise SettingsError(str(error)) from error
         return model, tokenizer
     path = checkpoint or chosen.model_name_or_path or packaged_model()
+    _check_readable(Path(path))
     try:
         model = load_model(path, dtype=torch.float32)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError) as error:
+        raise SettingsError(str(error).split("\n")[0]) from error
+    except (RuntimeError, SafetensorError) as error:  # weights of another shape, a torn file
+        raise SettingsError(
+            f"the model {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
     if name := first_not_finite(dict(model.named_parameters())):
         raise SettingsError(f"{path}: the weights are not finite ({name})")
     tokenizer = _load_tokenizer(chosen.tokenizer_name_or_path or path)
@@ -143,6 +152,12 @@ def try_reward(config: RefineConfig, hidden_size: int) -> None:
         raise SettingsError(f"reward {config.reward!r} must return finite numbers, got {given.tolist()}")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says so; on a CPU PyTorch raises a plain RuntimeError."""
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return out_of_memory or "can't allocate memory" in str(error)
+
+
 def packaged_model() -> Path:
     """The folder of the tiny DeltaNet that comes with this package."""
     return Path(str(resources.files("refine") / "assets" / "tiny-delta-net"))
@@ -166,6 +181,18 @@ def data_config(settings: Any) -> DataConfig:
     """The part of the settings that says what to read and how to cut it."""
     names = {f.name for f in dataclasses.fields(DataConfig)}
     return DataConfig(**{name: getattr(settings, name) for name in names if hasattr(settings, name)})
+
+
+def _check_readable(folder: Path) -> None:
+    """Whether the files of a local model may be read; elsewhere a missing permission reads like a missing file."""
+    if not folder.is_dir():
+        return
+    try:
+        for path in folder.iterdir():
+            if path.suffix in (".json", ".safetensors"):
+                path.open("rb").close()
+    except OSError as error:
+        raise SettingsError(f"the model {str(folder)!r} cannot be read: {why(error)}") from error
 
 
 def _check_vocabulary(tokenizer, vocab_size: int) -> None:

@@ -7,11 +7,9 @@ What a step is stands in :mod:`refine.method`, what the phases do in :mod:`refin
 from __future__ import annotations
 
 import dataclasses
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from refine.data.document import DataError
 from refine.files import why, write_whole
-from refine.prepare import check_environment, choose_device, load_model_and_tokenizer, try_reward
+from refine.prepare import (
+    check_environment,
+    choose_device,
+    is_out_of_memory,
+    load_model_and_tokenizer,
+    try_reward,
+)
 from refine.settings import SettingsError, to_yaml
+from refine.signals import Terminated, name_and_code, stop_requests, terminations
 from refine.training import checkpoint, resume
 from refine.training.group_phase import write_completions
 from refine.training.parallel import World, join_world, wrap
@@ -38,10 +43,6 @@ from refine.training.update import adamw
 
 class TrainingStopped(RuntimeError):
     """The run cannot go on: the message says why, and what is saved."""
-
-
-class Terminated(BaseException):
-    """SIGTERM came where nothing can be finished first."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,10 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:  # of the model or the method, about what it was given
         return _say(str(error), run, 1 if run and run[0].begun else 2)
     except (KeyboardInterrupt, Terminated) as error:
-        name, code = ("SIGTERM", 143) if isinstance(error, Terminated) else ("SIGINT", 130)
+        name, code = name_and_code(error)
         return _say(f"stopped by {name}", run, code)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _say(
             f"out of memory ({str(error).splitlines()[0]}). Try a smaller per_device_train_batch_size, "
@@ -365,46 +366,6 @@ class _Run:
         self.between = True
 
 
-@contextmanager
-def stop_requests() -> Iterator[list[str]]:
-    """A list that is filled by the first Ctrl-C or SIGTERM; the second one stops at once."""
-    received: list[str] = []
-
-    def note(number, frame):
-        if received:
-            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
-        received.append(signal.Signals(number).name)
-        tqdm.write(f"{received[0]}: finishing this update, then saving; once more to stop at once")
-
-    with _handlers({signal.SIGINT: note, signal.SIGTERM: note}):
-        yield received
-
-
-@contextmanager
-def terminations() -> Iterator[None]:
-    """SIGTERM as an exception, like Ctrl-C."""
-
-    def stop(number, frame):
-        raise Terminated
-
-    with _handlers({signal.SIGTERM: stop}):
-        yield
-
-
-@contextmanager
-def _handlers(handlers: dict[int, Any]) -> Iterator[None]:
-    try:
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    except ValueError:  # not in the main thread, which alone handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _say(sentence: str, run: list[RunFolder], code: int) -> int:
     """One sentence, with what is saved."""
     saved = run[0].last_saved if run else None
@@ -412,12 +373,6 @@ def _say(sentence: str, run: list[RunFolder], code: int) -> int:
         sentence += f"; the last checkpoint is {saved}, go on with --resume_from_checkpoint auto"
     print(f"refine.train: {sentence}", file=sys.stderr)
     return code
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """On a CPU PyTorch raises a plain RuntimeError."""
-    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return out_of_memory or "can't allocate memory" in str(error)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,8 @@ import torch
 
 from refine.data.document import BadRow, DataError, cut_middle, stable_hash
 from refine.data.recall_documents import recall_document, recall_items
-from refine.data.rows import KINDS, all_rows
-from refine.data.stream import DataConfig, DataCounts, Example, collate
+from refine.data.rows import KINDS, all_rows, first_line
+from refine.data.stream import DataConfig, DataCounts, Example, collate, compare_position
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,6 +90,9 @@ class PairStream:
     ):
         self.pad_id, self.counts, self._collate = pad_id, counts, collate or _collate
         self._pairs, self._config, self._endless = pairs, config, endless
+        arrays = (part for pair in pairs for part in pair if isinstance(part, np.ndarray))
+        parts = b"".join(part.tobytes() for part in arrays)
+        self._tokens = f"{zlib.crc32(parts):08x}"
         self._rank, self._world_size = rank, world_size
         self._rounds = 0  # pairs that every rank has taken
 
@@ -112,12 +116,9 @@ class PairStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position that ``state_dict`` gave, of a stream with the same pairs and settings."""
-        for setting, value in self._settings().items():
-            if state["settings"].get(setting) != value:
-                raise DataError(
-                    f"{setting} is {value!r}, but the position to resume from was saved with "
-                    f"{state['settings'].get(setting)!r}"
-                )
+        compare_position(self._settings(), state["settings"])
+        if not isinstance(state["taken"], int) or state["taken"] < 0:
+            raise ValueError(f"{state['taken']!r} pairs taken")
         self._rounds = -(-state["taken"] // self._world_size)
         self.counts = replace(self.counts, windows=state["taken"])
 
@@ -127,6 +128,7 @@ class PairStream:
             "dataset_name_or_path": Path(config.dataset_name_or_path or "default").name,
             "number of pairs": len(self._pairs),
             "fingerprint of the pairs": stable_hash(repr([pair.key for pair in self._pairs])),
+            "tokens of the pairs": self._tokens,
             "max_length": config.max_length,
             "shuffle": config.shuffle_buffer > 1,
             "seed": config.seed,
@@ -207,16 +209,19 @@ def _read(config, columns, tokenizer, split: str) -> tuple[list[Pair], DataCount
         key = stable_hash(f"{Path(source).name}:{number}")
         if divided and is_held_out(key, number, config) != (split == "held_out"):
             continue
-        ids = encode(prompt)
+        try:
+            ids, reply = encode(prompt), encode(answer_after(prompt, answer), special=False)
+        except (TypeError, ValueError, OverflowError) as error:  # lone surrogates, say
+            where = f"row {number} of {source}: the tokenizer refuses it ({first_line(error)})"
+            counts.note(BadRow(lambda where=where: where))
+            continue
         if len(ids) < config.min_length:
             counts.short_documents += 1
             counts.longest_short = max(counts.longest_short, len(ids))
             continue
         counts.cut_prompts += len(ids) > config.max_length
         ids = cut_middle(ids, config.max_length)
-        space = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
-        reply = [*encode(space + answer, special=False), end]
-        pairs.append(Pair(key - 2**63, np.asarray(ids, np.int32), np.asarray(reply, np.int32)))
+        pairs.append(Pair(key - 2**63, np.asarray(ids, np.int32), np.asarray([*reply, end], np.int32)))
     counts.documents = len(pairs)
     if not pairs:
         short = f"; {counts.short_documents} prompts are shorter than min_length={config.min_length}"
@@ -225,6 +230,11 @@ def _read(config, columns, tokenizer, split: str) -> tuple[list[Pair], DataCount
             f"{counts.bad_rows} bad rows" + (short if counts.short_documents else "")
         )
     return pairs, counts, pad_id
+
+
+def answer_after(prompt: str, answer: str) -> str:
+    """The answer with a space before it where neither text has one."""
+    return answer if prompt[-1:].isspace() or answer[:1].isspace() else f" {answer}"
 
 
 def generated_pairs(config: DataConfig, encode: Callable, split: str) -> Iterator[tuple[str, str]]:
@@ -243,9 +253,7 @@ def _from_file(
     good = []
 
     def leave_out(number: int, reason: str) -> None:
-        if not counts.bad_rows:
-            logger.warning("row %d of %s is left out, and any other like it: %s", number, path, reason)
-        counts.bad_rows += 1
+        counts.note(BadRow(lambda: f"row {number} of {path}: {reason}"))
 
     if not path.is_file():
         raise DataError(f"dataset_name_or_path: there is no file {str(path)!r}")

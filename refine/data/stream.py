@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from refine.data.document import BadRow, DataError, Document, stable_hash
+from refine.data.document import BadRow, DataError, Document, contents_of, stable_hash
 from refine.data.recall_documents import recall_document
+from refine.data.rows import first_line
 from refine.data.sources import DefaultText, RecallText, Source, open_source
 
 if TYPE_CHECKING:
@@ -106,6 +107,12 @@ class DataCounts:
     cut_prompts: int = 0  # longer than max_length, cut in the middle
     longest_short: int = field(default=0, repr=False)  # tokens of the longest short document
 
+    def note(self, row: BadRow) -> None:
+        """Count a row that is left out, and name the first."""
+        if not self.bad_rows:
+            logger.warning("a row is left out, and any other like it: %s", row.describe())
+        self.bad_rows += 1
+
 
 class _NothingLeft(DataError):
     """The source holds no window for this split."""
@@ -184,13 +191,16 @@ class _Reader:
     ) -> Iterator[Example]:
         """The windows of one row from number ``first`` on."""
         if isinstance(document, BadRow):
-            if not counts.bad_rows:
-                logger.warning("a row is left out, and any other like it: %s", document.describe())
-            counts.bad_rows += 1
+            counts.note(document)
             return
         if not self._keep(document, is_first):
             return
-        ids = self._encode(document.text)
+        try:
+            ids = self._encode(document.text)
+        except (TypeError, ValueError, OverflowError) as error:  # lone surrogates, say
+            why = f"{document.name}: the tokenizer refuses it ({first_line(error)})"
+            counts.note(BadRow(lambda: why))
+            return
         length, shortest = self._config.max_length, self._config.min_length
         if len(ids) < shortest:
             counts.short_documents += 1
@@ -235,6 +245,8 @@ class DataStream:
         for reader in readers:
             reader.check()
         self.pad_id = pad_id
+        files = [path for reader in readers for path in reader.source.files]
+        self._contents = contents_of(files) if endless else {}
         self._readers = readers
         self._config = config
         self._endless = endless
@@ -283,13 +295,16 @@ class DataStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position that ``state_dict`` gave, of a stream with the same source and settings."""
-        for setting, value in self._settings().items():
-            if state["settings"].get(setting) != value:
-                raise DataError(
-                    f"{setting} is {value!r}, but the position to resume from was saved with "
-                    f"{state['settings'].get(setting)!r}"
-                )
+        compare_position(self._settings(), state["settings"])
         places = [_Place(*place) for place in state["places"]]
+        numbers = [*(number for place in places for number in place), state["before"], state["taken"]]
+        if len(places) != len(self._readers) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+            raise ValueError(f"{state['places']} is no place in {len(self._readers)} sources")
+        for place, reader in zip(places, self._readers):
+            if reader.source.units is not None and place.unit > reader.source.units:
+                raise ValueError(
+                    f"unit {place.unit} of {reader.source.name}, which has {reader.source.units}"
+                )
         self._go_to(places, state["before"], state["taken"], DataCounts(**state["counts"]))
 
     def _settings(self) -> dict[str, Any]:
@@ -298,6 +313,7 @@ class DataStream:
         return {
             "dataset_name_or_path": Path(config.dataset_name_or_path or _DEFAULT).name,
             "number of units in the dataset": [reader.source.units for reader in self._readers],
+            "content of the dataset": self._contents,
             "text_column": config.text_column,
             "max_length": config.max_length,
             "min_length": config.min_length,
@@ -352,6 +368,25 @@ class DataStream:
         self._taken -= len(self._block)
         self._block = None
         self._block_start, self._counts_at_start = list(self._places), replace(self.counts)
+
+
+def compare_position(now: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Whether a saved position is one in what is read now; earlier versions noted less.
+
+    Raises:
+        DataError: it is not; the first difference is named.
+    """
+    for name, value in now.items():
+        then = saved.get(name, value)
+        if then == value:
+            continue
+        if isinstance(value, dict) and isinstance(then, dict):
+            file = next(key for key in [*value, *then] if value.get(key) != then.get(key))
+            raise DataError(
+                f"{file} has changed since the position to resume from was saved: it is "
+                f"{value.get(file, 'not there')}, and was {then.get(file, 'not there')}"
+            )
+        raise DataError(f"{name} is {value!r}, but the position to resume from was saved with {then!r}")
 
 
 def collate(examples: list[Example], pad_id: int) -> Batch:

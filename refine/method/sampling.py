@@ -26,11 +26,12 @@ def sample_rollouts(
 
 
 def _sample(model, state, context, seeds, temperature) -> torch.Tensor:
+    # A policy that is not finite draws -1. Token 0 is read in its place: the loss is NaN, the update is skipped.
     request = SampleToken(seeds[:, :1], temperature)
-    tokens = [model(hidden_states=context[:, None], head=request).token]
+    tokens = [model(hidden_states=context[:, None], head=request).token.clamp_min(0)]
     for j in range(1, seeds.shape[1]):
         request = SampleToken(seeds[:, j : j + 1], temperature)
         output = model(tokens[-1], past_key_values=state, use_cache=True, head=request)
         state = output.past_key_values
-        tokens.append(output.token)
+        tokens.append(output.token.clamp_min(0))
     return torch.cat(tokens, dim=1)

@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type == "cuda":
             return _fla("layernorm", "rms_norm")(x, self.weight, None, eps=self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return _norm(x, self.weight, self.eps)
 
 
 class ZeroCentredRMSNorm(RMSNorm):
@@ -67,11 +67,10 @@ class ZeroCentredRMSNorm(RMSNorm):
             nn.init.zeros_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        exact = torch.promote_types(x.dtype, torch.float32)
-        weight = 1.0 + self.weight.to(exact)
+        weight = 1.0 + self.weight.to(torch.promote_types(x.dtype, torch.float32))
         if x.device.type == "cuda":
             return _fla("layernorm", "rms_norm")(x, weight, None, eps=self.eps)
-        return F.rms_norm(x.to(exact), weight.shape, weight, self.eps).to(x.dtype)
+        return _norm(x, weight, self.eps)
 
 
 class GatedRMSNorm(RMSNorm):
@@ -81,7 +80,42 @@ class GatedRMSNorm(RMSNorm):
         if x.device.type == "cuda":
             rms_norm_gated = _fla("fused_norm_gate", "rms_norm_gated")
             return rms_norm_gated(x, gate, self.weight, None, activation="swish", eps=self.eps)
-        return super().forward(x) * F.silu(gate)
+        return _norm(x, self.weight, self.eps, gate)
+
+
+def _norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, gate: torch.Tensor | None = None
+) -> torch.Tensor:
+    exact = torch.promote_types(x.dtype, torch.float32)
+    gate = None if gate is None else gate.to(exact)
+    return _RMSNorm.apply(x.to(exact), weight.to(exact), eps, gate).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """``x / rms(x) * weight``, times ``silu(gate)`` where there is one. Keeps its inputs and one number per row."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, gate):  # [..., D], [D], [..., D]
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale, gate)
+        y = (x * scale).mul_(weight)
+        return y if gate is None else y.mul_(F.silu(gate))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale, gate = ctx.saved_tensors
+        normed = x * scale
+        grad_gate = None
+        if gate is not None:
+            grad_gate = torch.ops.aten.silu_backward(grad * normed * weight, gate)
+            grad = grad * F.silu(gate)
+        product = (grad * normed).flatten(0, -2)  # [N, D]
+        grad_weight = product.sum(0)
+        with torch.autocast(x.device.type, enabled=False):
+            along = (product @ weight).view(scale.shape) / x.shape[-1]  # <grad weight, normed> of each row
+        grad_x = (grad * weight).addcmul_(normed, along, value=-1.0).mul_(scale)
+        return grad_x, grad_weight, None, grad_gate
 
 
 class ShortConvolution(nn.Module):

@@ -103,6 +103,11 @@ def join_world(mode: str, device: torch.device) -> World:
     """
     if mode not in MODES:
         raise ValueError(f"parallel must be one of {', '.join(MODES)}, got {mode!r}")
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        if not os.environ.get(name, "0").isdigit():
+            raise ValueError(
+                f"the environment variable {name} must be a whole number, it is {os.environ[name]!r}"
+            )
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if mode == "none":
         if size > 1:

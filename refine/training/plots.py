@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from refine.pictures import import_pyplot
 from refine.training.tracking import read_metrics
 
 _INK, _PALE, _SECOND = "#1f4e79", "#9dbbd8", "#c0504d"
-
-
-def import_pyplot() -> Any:
-    """``matplotlib.pyplot`` that draws into files, whatever the environment (a notebook's) asks for.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    with _variable("MPLBACKEND", "agg"):
-        import matplotlib
-
-        matplotlib.use("agg")
-        import matplotlib.pyplot
-
-        return matplotlib.pyplot
 
 
 def draw_plots(output_dir: Path) -> list[Path]:
@@ -63,20 +46,6 @@ def draw_plots(output_dir: Path) -> list[Path]:
         plt.close(figure)
         drawn.append(output_dir / f"{name}.png")
     return drawn
-
-
-@contextmanager
-def _variable(name: str, value: str):
-    """An environment variable for a moment."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:

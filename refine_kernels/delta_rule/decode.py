@@ -73,7 +73,7 @@ def delta_net_decode(
     backend = choose_backend(backend, accumulation_dtype(q), q, k, v, beta, g, *weights, *tails)
     arguments = (q, k, v, beta, g, list(weights), list(tails), state, rows)
     call = DecodeCall(*arguments, scale, float(beta_scale), use_qk_l2norm_in_kernel)
-    if backend == "triton" and q.shape[-1] == state.shape[1] * state.shape[2]:
+    if backend == "triton":
         o, new_state, *new_tails = _decode_op(*call)
         return o, new_state, tuple(new_tails)
     with torch.no_grad():

@@ -109,7 +109,6 @@ def chunk_delta_rule(
                 output_final_state=output_final_state, state_stride=state_stride, cu_seqlens=cu_seqlens,
                 use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
             )  # fmt: skip
-    q, k = per_value_head(q, k, v, backend)
     for_backward = _needs_gradient(q, k, v, beta, g, initial_state)
     o, final_state, states, *_ = _chunk_op(
         q, k, v, beta, g, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel, output_final_state,
@@ -167,7 +166,6 @@ def recurrent_delta_rule(
                 output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
             )  # fmt: skip
     if backend == "triton" and not _needs_gradient(q, k, v, beta, g, initial_state):
-        q, k = per_value_head(q, k, v, backend)
         o, final_state = _recurrent_op(
             q, k, v, beta, g, initial_state, state_indices, scale, use_qk_l2norm_in_kernel, output_final_state
         )
@@ -338,19 +336,6 @@ def _recurrent_op(call: RecurrentCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _implementation(backend: str) -> ModuleType:
     return importlib.import_module(IMPLEMENTATIONS[backend])
-
-
-def per_value_head(
-    q: torch.Tensor,  # [B, T, H, K]
-    k: torch.Tensor,  # [B, T, H, K]
-    v: torch.Tensor,  # [B, T, HV, V]
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q and k as the backend takes them: the Triton kernels want one key head for each value head."""
-    group = v.shape[2] // max(q.shape[2], 1)
-    if backend != "triton" or group <= 1:
-        return q, k
-    return q.repeat_interleave(group, 2), k.repeat_interleave(group, 2)
 
 
 def _needs_gradient(*tensors: torch.Tensor | None) -> bool:

@@ -53,7 +53,9 @@ def linear_logprob(
             index on ties), and log-prob, entropy and lse are reported at temperature 1.
         return_entropy: also return the entropy, in nats.
         return_lse: also return the log-sum-exp of ``z / temperature``.
-        sample: also draw one token per row. Without a ``target``, ``logprob`` is the drawn token's.
+        sample: also draw one token per row. Without a ``target``, ``logprob`` is the drawn token's. A row that has
+            no distribution, because a logit is NaN or infinite, draws -1 (and its other values are NaN), which is
+            no token of any vocabulary.
         seed: for sampling: an int (row ``r`` uses ``row_seeds(seed, ...)[r]``), or one int64 per row,
             ``[...]``: such a row's token depends on its own seed, x and the weight alone, not on the batch.
             ``None`` takes a seed from PyTorch's default generator.

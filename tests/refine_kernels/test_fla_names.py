@@ -297,6 +297,17 @@ def test_value_heads(tokens, H, HV, gated, backend):
         assert_close(final_state, expected["final_state"], 1e-10)
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_value_heads_and_flas_names_in_triton(gated, interpreter):
+    inputs = make_inputs(1, 20, 1, 2, 8, torch.float32, gated=gated)
+    options = {"use_qk_l2norm_in_kernel": True}
+    expected = truth(inputs, 20, **options)
+    gated_op, recurrent_op = chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+    for op in (chunk_delta_rule, recurrent_delta_rule, gated_op, recurrent_op):
+        for name, x in with_gradients(op, inputs, backend="triton", **options).items():
+            assert_close(x, expected[name], 1e-5, name)
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_value_heads_packed_with_states(backend):
     inputs = {n: x.double() for n, x in make_inputs(1, 200, 2, 6, 8, torch.float32, states=3).items()}

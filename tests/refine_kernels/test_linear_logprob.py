@@ -259,6 +259,17 @@ def test_nan_stays_in_its_row():
     assert loss.isfinite() and dw.isfinite().all() and dx.isfinite().all() and entropy.isnan().sum() == 1
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_row_without_a_distribution_draws_no_token(backend, temperature):
+    x, weight, _, _ = make_head(5, 8, 11, requires_grad=False)
+    clean = linear_logprob(x, weight, sample=True, seed=3, temperature=temperature, backend=backend)
+    x[1], x[3, 2] = float("nan"), float("inf")
+    out = linear_logprob(x, weight, sample=True, seed=3, temperature=temperature, backend=backend)
+    assert out.token[[1, 3]].tolist() == [-1, -1] and out.logprob[[1, 3]].isnan().all()
+    assert torch.equal(out.token[[0, 2, 4]], clean.token[[0, 2, 4]]) and (clean.token >= 0).all()
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 2**32 - 1))
 def test_permuting_rows_permutes_outputs(N, V, seed):

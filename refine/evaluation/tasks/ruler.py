@@ -4,8 +4,8 @@ generators of our own.
 The settings are those of RULER's benchmark: one chain of four hops in the noise of the needle tasks (``vt``); ten
 words 30 times each among others of 3 times, and, under 4,096 tokens, 6 times among others of once (``cwe``); coded
 words after Zipf's law with exponent 2, the first of which is dots (``fwe``). ``vt`` and ``cwe`` show an example
-first. Each sample follows from the task, the seed, the index and the tokenizer alone, and is the largest that keeps
-within its length.
+first. Each sample follows from the task, the seed, the index and the tokenizer alone, and is the largest that
+keeps within its length.
 """
 
 from __future__ import annotations
