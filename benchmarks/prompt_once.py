@@ -1,8 +1,8 @@
 """What an update on n completions of one prompt costs: read once, n times, and by TRL's own trainer.
 
 ``python -m benchmarks.prompt_once`` measures the table of docs/prompt_once.md and appends it to
-``benchmarks/results/``. Forward and backward of GRPO's loss, without generation and optimizer. The ways take turns on
-one thread, each in a process of its own for its memory; times are the processor time of the process, which other
+``benchmarks/results/``. Forward and backward of GRPO's loss, without generation and optimizer. The ways take turns
+on one thread, each in a process of its own for its memory; times are the processor time of the process, which other
 work on the machine changes least.
 """
 
