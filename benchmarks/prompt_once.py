@@ -25,10 +25,8 @@ from refine import RefineConfig, branch_logprobs
 from refine.method.objective import policy_objective
 from refine.models.head import HiddenOnly, TokenLogprob
 
-SIZES = (  # P, R, n
-    (4096, 64, 8), (1024, 64, 8), (8192, 64, 8), (4096, 64, 4), (4096, 64, 16), (4096, 16, 8), (4096, 256, 8),
-    (512, 512, 8),
-)  # fmt: skip
+# P, R, n
+SIZES = ((4096, 64, 8), (1024, 64, 8), (4096, 64, 4), (2048, 64, 16), (4096, 256, 8), (512, 512, 8))
 WAYS = ("once", "separately", "trl", "trl_once")
 CONFIG = RefineConfig()
 

@@ -253,8 +253,8 @@ class HybridModel(_LoadsAsTransformers, FastWeightModel):
     norm_class = ZeroCentredRMSNorm
     _no_split_modules = ("HybridBlock", "Qwen3_5MoeBlock", "Qwen3NextBlock", "OlmoHybridBlock")
 
-    def __init__(self, config, draw_weights: bool = True):
-        super().__init__(config, draw_weights)
+    def __init__(self, config):
+        super().__init__(config)
         self.embed_tokens.padding_idx = config.pad_token_id  # which gets no gradient
 
 
