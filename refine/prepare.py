@@ -56,8 +56,8 @@ class TextSettings:
 
     dataset_name_or_path: str | None = setting(
         None,
-        "a .parquet, .jsonl or .txt file, a folder, a hub name, or default, recall, default+recall: "
-        "the text of every Python installation, generated recall documents, both",
+        "a .parquet, .jsonl or .txt file, a folder, a hub name, or default (the text of every Python "
+        "installation), recall, needles (generated documents of recall), default+recall, default+needles",
     )
     dataset_config: str | None = setting(None, "the configuration of a hub dataset")
     dataset_split: str = setting("train", "the split of a hub dataset")

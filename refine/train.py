@@ -20,6 +20,7 @@ from transformers import get_scheduler
 from transformers.utils.logging import disable_progress_bar
 
 from refine.data.document import DataError
+from refine.evaluation.recall import answered_greedily, questions_of_recall
 from refine.files import why, write_whole
 from refine.prepare import (
     check_environment,
@@ -167,6 +168,7 @@ class _Run:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = wrap(model, world, torch.bfloat16 if settings.bf16 else None)
         self.stream, self.held_out = open_streams(settings, self.tokenizer, world)
+        self.questions = self._questions()
         self.optimizer = adamw(self.model, settings)
         self.optimizer.register_step_pre_hook(self._amid_an_update)
         self.phase = make_phase(settings, self.model, self.optimizer, world, self.tokenizer)
@@ -291,7 +293,10 @@ class _Run:
     def evaluate(self) -> dict[str, float]:
         """The measures of held-out data."""
         with self.phase.precision():
-            return self.phase.measure(self.held_out)
+            measured = self.phase.measure(self.held_out)
+            for name, rows in self.questions.items():
+                measured[f"eval_{name}"] = sum(answered_greedily(self.model, rows)) / len(rows)
+            return measured
 
     def rotate(self, proven: bool) -> None:
         """Remove old checkpoints once the newest has proven good: an update from it, or an evaluation, was finite.
@@ -366,6 +371,18 @@ class _Run:
         """Print on rank 0."""
         if self.world.is_main:
             print(text)
+
+    def _questions(self) -> dict[str, list]:
+        """What every evaluation asks the model."""
+        settings = self.settings
+        if not settings.recall_samples:
+            return {}
+        try:
+            return questions_of_recall(
+                self.tokenizer, settings.max_length, settings.recall_samples, settings.seed
+            )
+        except ValueError as error:
+            raise SettingsError(f"recall_samples: {error}; max_length is {settings.max_length}") from error
 
     def _draw(self) -> list[Path]:
         try:

@@ -96,8 +96,7 @@ def _read(config: DataConfig, column: str, tokenizer, split: str) -> tuple[list[
         try:
             ids = encode(text)
         except (TypeError, ValueError, OverflowError) as error:  # lone surrogates, say
-            where = f"row {number} of {source}: the tokenizer refuses it ({first_line(error)})"
-            counts.note(BadRow(lambda where=where: where))
+            _leave_out(counts, number, source, f"the tokenizer refuses it ({first_line(error)})")
             continue
         if len(ids) < config.min_length:
             counts.short_documents += 1
@@ -131,11 +130,14 @@ def _from_file(path: Path, column: str, counts: DataCounts) -> Iterator[tuple[in
         if fault is None:
             good.append((number, text, {name: value for name, value in row.items() if name != column}))
         else:
-            where = f"row {number} of {path}: {fault}"
-            counts.note(BadRow(lambda where=where: where))
+            _leave_out(counts, number, path, fault)
     if names and column not in names:
         raise DataError(f"{path} has no column {column!r}; it has {', '.join(sorted(names))}")
     yield from good
+
+
+def _leave_out(counts: DataCounts, number: int, source: str | Path, fault: str) -> None:
+    counts.note(BadRow(lambda: f"row {number} of {source}: {fault}"))
 
 
 def _collate(prompts: list[Prompt], pad_id: int) -> PromptBatch:
