@@ -4,6 +4,7 @@ evaluation share in :mod:`refine.prepare`. Knows nothing of models, data or the 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, ClassVar
@@ -270,7 +271,12 @@ def parse_settings(arguments: list[str]) -> TrainSettings:
         merged["model_name_or_path"] = None
     if "model_name_or_path" in given and "model_type" not in given:
         merged |= {"model_type": None, "config_overrides": {}}
-    return build(TrainSettings, merged)
+    settings = build(TrainSettings, merged)
+    unsaid = [name for name in ("learning_rate", "max_length") if name not in merged]
+    if unsaid and os.environ.get("RANK", "0") == "0":  # of another model or file than the default job's
+        values = ", ".join(f"{name}={getattr(settings, name)}" for name in unsaid)
+        print(f"{values}: the paper's, as nothing else was said")
+    return settings
 
 
 def _tiny_model(model_type: str | None) -> dict[str, Any]:
