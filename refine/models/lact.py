@@ -226,7 +226,6 @@ class LaCTAttention(nn.Module):
             rows = group.rows(q), group.rows(fast_q, 2), new.map(group.rows)
             outputs.append(self._read_sequences(*rows, None, alike))
         attended, o, traces = (list(column) for column in zip(*outputs))
-        documents = [group.documents for group in groups]
         where = places([group.documents for group in groups])
         after = trace = None
         if use_cache:

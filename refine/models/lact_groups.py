@@ -1,9 +1,9 @@
 """LaCT over packed documents of different lengths: rows of similar length go together.
 
 The window and the chunks of LaCT run over padded rows. Documents are put into groups in which the longest is at
-most twice the shortest, so padding at most doubles a pass, however the lengths are spread; there are as many groups as
-lengths have binary magnitudes. Each group has a memory of its own; a state of rows of several groups says for each
-row which memory it is in, and copies nothing.
+most twice the shortest, so padding at most doubles a pass, however the lengths are spread; there are as many groups
+as lengths have binary magnitudes. Each group has a memory of its own; a state of rows of several groups says for
+each row which memory it is in, and copies nothing.
 """
 
 from __future__ import annotations
