@@ -1,4 +1,4 @@
-"""The step on paper: FLOPs, bytes and GPU hours of SFT, of REFINE with a shared prefix, and of the paper's way.
+"""A step counted: FLOPs, bytes and GPU hours of SFT and of REFINE, with a shared prefix and with full prefixes.
 
 ``python -m benchmarks.cost_model`` prints the tables; ``--check`` sets the counted ratios beside the measured ones
 in ``benchmarks/results/``. Everything here is counted, nothing is timed: a multiply-add is two FLOPs, a backward
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from refine import RefineConfig, refine_step
-from refine.method.step import next_token_targets
+from refine.method import next_token_targets
 from refine.models import MODELS, DeltaNetConfig, LaCTConfig
 from refine.models.head import HiddenOnly, NextTokenLoss
 from refine.models.state import map_state
@@ -149,7 +149,10 @@ def tables() -> str:
             "| T | " + " | ".join(f"{t // 1024}K" for t in sizes) + " |",
             "|---" * (len(sizes) + 1) + "|",
         ]
-        for way, title in (("shared_prefix", "REFINE, shared prefix"), ("paper", "the paper's way")):
+        for way, title in (
+            ("shared_prefix", "REFINE, shared prefix"),
+            ("paper", "full-prefix recomputation"),
+        ):
             ratios = (step_flops(config, Step(t), way) / step_flops(config, Step(t), "sft") for t in sizes)
             lines.append(
                 f"| {title} | " + " | ".join(f"{r:.3f}" if r < 2 else f"{r:.1f}" for r in ratios) + " |"

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 
 from benchmarks.results import machine, record, versions
 from refine import RefineConfig, refine_step
-from refine.method.rollout import sample_rollouts
-from refine.method.step import next_token_targets
+from refine.method import next_token_targets
+from refine.method.sampling import sample_rollouts
 from refine.models import DeltaNetConfig, DeltaNetForCausalLM, LaCTConfig, LaCTForCausalLM
 from refine.models.head import HiddenOnly, NextTokenLoss
 from refine_kernels import (

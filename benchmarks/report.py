@@ -1,7 +1,7 @@
-"""The README's results section and pictures, drawn from ``benchmarks/results/`` and from nothing else.
+"""The tables of docs/results.md and the pictures in ``docs/``, drawn from ``benchmarks/results/`` and nothing else.
 
-``python -m benchmarks.report`` writes what stands between the two markers of README.md, and the pictures in
-``docs/``; ``--check`` writes nothing and says whether the README is up to date.
+``python -m benchmarks.report`` writes what stands between the two markers of docs/results.md, and the pictures;
+``--check`` writes nothing and says whether the page is up to date.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def section() -> str:
     for name, (path, contents) in newest("step_cost", "cpu").items():
         parts += [_step(name, path, contents), ""]
     if Path(ROOT / "docs" / "step_cost.png").exists():
-        parts += ["![time of a REFINE step over an SFT step, against T, c and k](docs/step_cost.png)", ""]
+        parts += ["![time of a REFINE step over an SFT step, against T, c and k](step_cost.png)", ""]
     if large := newest("large_step", "cpu"):
         parts += [_large(large), ""]
     for path, contents in list(newest("ratios", "cpu").values())[-1:]:
@@ -45,7 +45,7 @@ def section() -> str:
         "",
         roofline.table(_gpu_contents()),
         "",
-        "![FLOPs a byte and the roof of an H100](docs/roofline.png)",
+        "![FLOPs a byte and the roof of an H100](roofline.png)",
         "",
         cost_model.tables(),
         cost_model.memory_table(),
@@ -58,7 +58,7 @@ def _where(path: str, contents: dict) -> str:
     gpu = f"{about['gpu']}, " if "gpu" in about else ""
     return (
         f"{contents['date']}, {gpu}{about['threads']} threads of {about['processor']} "
-        f"(load {about['load_before']:.1f} before the run), torch {versions['torch']} ([file]({path}))."
+        f"(load {about['load_before']:.1f} before the run), torch {versions['torch']} ([file](../{path}))."
     )
 
 
@@ -83,7 +83,7 @@ def _step(name: str, path: str, contents: dict) -> str:
         lines += ["| REFINE / SFT | " + " | ".join(cells) + " |", ""]
     memory = table["memory_mb"]
     lines += [
-        "| T = 8,192, c = 8, k = 5 | SFT | REFINE, shared prefix | the paper's way |",
+        "| T = 8,192, c = 8, k = 5 | SFT | REFINE, shared prefix | full-prefix recomputation |",
         "|---|---|---|---|",
         f"| time / SFT | 1 | {at['ratio']:.2f} | {table['per_prefix']['ratio']:.1f} |",
         "| peak memory of the step, MB | " + " | ".join(f"{memory[w]:.0f}" for w in WAYS) + " |",
@@ -92,7 +92,7 @@ def _step(name: str, path: str, contents: dict) -> str:
     if "uncached_generation" in table:
         extra = table["uncached_generation"]["ratio"]
         lines += [
-            "The paper's way samples each of the c k tokens by reading the whole prefix again, as the public code "
+            "The public code samples each of the c k tokens by reading the whole prefix again, as it "
             f"has no state to go on from: {extra:.1f} SFT steps more, measured; the "
             f"{table['per_prefix']['ratio']:.1f} above sample with our cache.",
             "",
@@ -103,7 +103,8 @@ def _step(name: str, path: str, contents: dict) -> str:
 def _large(found: dict[str, tuple[str, dict]]) -> str:
     """The largest models that were measured, one length each."""
     lines = [
-        "| larger models, c = 8, k = 5, gradient checkpointing | T | REFINE / SFT | the paper's way / SFT "
+        "| larger models, c = 8, k = 5, gradient checkpointing | T | REFINE / SFT "
+        "| full-prefix recomputation / SFT "
         "| peak memory of a step, SFT and REFINE, MB | an SFT step, s |",
         "|---|---|---|---|---|---|",
     ]
@@ -137,7 +138,7 @@ def agreement(files: list[tuple[str, dict]]) -> str:
             worst = max(apart, key=apart.get)
             within = sum(x <= 0.1 for x in apart.values())
             return (
-                f"The run before on this machine ([file]({path})): of the {len(apart)} ratios that both have, "
+                f"The run before on this machine ([file](../{path})): of the {len(apart)} ratios that both have, "
                 f"{within} are within 10 %, the furthest {100 * apart[worst]:.0f} % apart ({worst[0]})."
             )
     return ""
@@ -211,7 +212,9 @@ def draw() -> None:
                 memory = [row[key] for row in table["memory"]]
                 absolute[1].plot(x, memory, "o" + style, ms=4, color=f"C{i}", label=f"{NAMES[name]}, {way}")
             paper = [(row["tokens"], row["per_prefix"]) for row in table["memory"] if "per_prefix" in row]
-            absolute[1].plot(*zip(*paper), "x", color=f"C{i}", label=f"{NAMES[name]}, the paper's way")
+            absolute[1].plot(
+                *zip(*paper), "x", color=f"C{i}", label=f"{NAMES[name]}, full-prefix recomputation"
+            )
     for axis, label in zip(absolute, ("time of a step, s", "peak memory of a step, MB")):
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
@@ -239,27 +242,27 @@ def draw() -> None:
     plt.close(figure)
 
 
-def renewed(readme: str) -> str:
-    """The README with a fresh section.
+def renewed(page: str) -> str:
+    """The page with a fresh section.
 
     Raises:
         ValueError: the markers are missing or in the wrong order.
     """
-    begin, end = readme.find(BEGIN), readme.find(END)
+    begin, end = page.find(BEGIN), page.find(END)
     if begin < 0 or end < begin:
-        raise ValueError(f"README.md must hold the lines {BEGIN!r} and {END!r}, in this order")
-    return readme[: begin + len(BEGIN)] + "\n" + section() + "\n" + readme[end:]
+        raise ValueError(f"docs/results.md must hold the lines {BEGIN!r} and {END!r}, in this order")
+    return page[: begin + len(BEGIN)] + "\n" + section() + "\n" + page[end:]
 
 
 def main() -> int:
     """Write the section and the pictures; with ``--check`` only compare."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit with 1 where the README is not up to date")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where the page is not up to date")
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    readme = path.read_text(encoding="utf-8")
+    path = ROOT / "docs" / "results.md"
+    page = path.read_text(encoding="utf-8")
     if options.check:
-        return int(renewed(readme) != readme)
+        return int(renewed(page) != page)
     draw()
     path.write_text(renewed(path.read_text(encoding="utf-8")), encoding="utf-8")
     return 0

@@ -156,8 +156,8 @@ def _ratios(options) -> dict[str, float]:
 
 def run_one(options, arm: str, seed: int, steps: int) -> int:
     """Train one arm and measure it; ``before`` is measured as it is, ``timing`` times all arms' updates."""
+    from refine.prepare import packaged_model
     from refine.train import train
-    from refine.training.parts import packaged_model
     from refine.training.settings import TrainSettings
 
     folder = _folder(options, arm, seed, steps)
@@ -186,8 +186,7 @@ def run_one(options, arm: str, seed: int, steps: int) -> int:
 def time_arms(path: Path, pairs: int = 9) -> dict[str, float]:
     """Forward, backward and optimizer of an update over SFT's: medians of the ratios of neighbours."""
     from benchmarks.timing import paired_ratio
-    from refine.method.config import RefineConfig
-    from refine.method.step import next_token_targets, refine_step
+    from refine.method import RefineConfig, next_token_targets, refine_step
     from refine.models import load_model
     from refine.models.head import NextTokenLoss
 
@@ -236,12 +235,10 @@ def _documents(tokenizer) -> list:
     """Batches of one held-out document each, of 2 x LENGTH tokens, none of which an arm has read."""
     from itertools import islice
 
-    from refine.training.data import held_out_stream
-    from refine.training.parts import data_config
-    from refine.training.settings import TrainSettings
+    from refine.data.stream import DataConfig, held_out_stream
 
-    settings = TrainSettings(dataset_name_or_path="default", max_length=2 * LENGTH, min_length=2 * LENGTH)
-    return list(islice(held_out_stream(data_config(settings), tokenizer).batches(1), DOCUMENTS))
+    config = DataConfig(dataset_name_or_path="default", max_length=2 * LENGTH, min_length=2 * LENGTH)
+    return list(islice(held_out_stream(config, tokenizer).batches(1), DOCUMENTS))
 
 
 def _greedy(model, ids, targets=None):
@@ -259,8 +256,7 @@ def _in_a_row(right: torch.Tensor, count: int = ROLLOUT) -> torch.Tensor:
 
 
 def _held_out(model, documents) -> dict[str, list[float]]:
-    from refine.method.config import RefineConfig
-    from refine.method.step import refine_step
+    from refine.method import RefineConfig, refine_step
 
     found = {name: [] for name in ("loss", "accuracy", "five", "cosine", "binary")}
     config = RefineConfig(selection="uniform", num_rollouts=4)

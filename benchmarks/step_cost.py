@@ -20,7 +20,7 @@ import torch
 from benchmarks.results import record
 from benchmarks.timing import keep_pages, paired_ratio, release_pages
 from refine import RefineConfig, refine_step
-from refine.method.step import next_token_targets
+from refine.method import next_token_targets
 from refine.models import new_model
 from refine.models.head import HiddenOnly, NextTokenLoss
 
@@ -38,9 +38,23 @@ MODELS = {
         "LaCT, hidden 256, 4 layers, 2 fast heads of 128, chunk 512, window 512",
         {"num_attn_heads": 4, "num_lact_heads": 2, "lact_chunk_size": 512, "window_size": 512},
     ),
+    "qwen3_5": (
+        "Qwen3.5, hidden 256, 8 layers, 2 of them attention (4 heads of 64), 4 value and 2 key heads of 64",
+        {
+            "num_hidden_layers": 8,
+            "intermediate_size": 768,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+        },
+    ),
 }
-# One length and the paper's way beside it, with gradient checkpointing: without it, 16K tokens' activations of the
-# smaller one are 19 GB in float32.
+# One length, with gradient checkpointing, and full-prefix recomputation beside it: without it, the activations of
+# 16K tokens are 19 GB in float32 for the smaller one.
 LARGE = {
     "delta_net-110m": (
         "DeltaNet, hidden 768, 12 layers, 6 heads of 128",
@@ -134,7 +148,7 @@ def _status(name: str) -> int:
 def uncached_generation(tokens: int, model: str, chunks: int = 8, length: int = 5) -> Callable[[], None]:
     """What sampling costs without a cache: the whole prefix again for each of c x k tokens (no gradient).
 
-    The public code generates so with LaCT, whose state it cannot keep; the paper's way pays it in addition to what
+    The public code generates so with LaCT, whose state it cannot keep: it pays this in addition to what
     ``per_prefix`` does here.
     """
     net = model_of_the_table(model)
@@ -171,7 +185,7 @@ def measure(pairs: int, model: str = "delta_net") -> dict:
         generate = uncached_generation(8192, model)
         table["uncached_generation"] = over_sft(generate, at["sft"], 1)
         print(table["uncached_generation"], flush=True)
-    for tokens in LENGTHS:  # the paper's way at one of them: it takes minutes
+    for tokens in LENGTHS:  # full-prefix recomputation at one of them: it takes minutes
         ways = WAYS if tokens == 8192 else WAYS[:2]
         memory = {way: peak_memory(way, tokens, model) for way in ways}
         table.setdefault("memory", []).append({"tokens": tokens} | memory)
@@ -182,7 +196,7 @@ def measure(pairs: int, model: str = "delta_net") -> dict:
 
 
 def measure_large(pairs: int, model: str, tokens: int, per_prefix: bool) -> dict:
-    """The ratio at one length; the paper's way once, if asked for; memory of each. Warm-up at 512 tokens."""
+    """The ratio at one length; full prefixes once, if asked for; memory of each. Warm-up at 512 tokens."""
     for way in steps(512, model=model).values():
         way()
     at = steps(tokens, model=model)
@@ -221,7 +235,7 @@ def markdown(record: dict) -> str:
         lines.append("")
     memory = table["memory_mb"]
     lines += [
-        "| T = 8,192, c = 8, k = 5 | SFT | REFINE, shared prefix | REFINE, the paper's way |",
+        "| T = 8,192, c = 8, k = 5 | SFT | REFINE, shared prefix | REFINE, full-prefix recomputation |",
         "|---|---|---|---|",
         f"| time / SFT | 1 | {next(r for r in table['tokens'] if r['tokens'] == 8192)['ratio']:.2f} "
         f"| {table['per_prefix']['ratio']:.1f} |",
@@ -237,7 +251,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--model", choices=[*MODELS, *LARGE], default="delta_net")
     parser.add_argument(
-        "--no_per_prefix", action="store_true", help="large models: leave out the paper's way"
+        "--no_per_prefix", action="store_true", help="large models: leave out full-prefix recomputation"
     )
     parser.add_argument("--per_prefix_of", choices=LARGE, help=argparse.SUPPRESS)
     parser.add_argument("--memory_of", choices=WAYS, help=argparse.SUPPRESS)

@@ -16,7 +16,7 @@ import torch
 from benchmarks.conftest import add_ratio
 from benchmarks.step_cost import MODELS, model_of_the_table
 from benchmarks.timing import paired_ratio
-from refine.method.rollout import sample_rollouts
+from refine.method.sampling import sample_rollouts
 from refine.models.head import HiddenOnly
 
 PREFIX, BRANCHES, LENGTH = 4096, 64, 5

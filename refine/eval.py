@@ -1,9 +1,10 @@
 """``python -m refine.eval``: the story of an evaluation, from settings to a table.
 
 Two kinds of tasks. *Measures* look at the model's predictions of given text: ``held_out`` (next-token loss and
-accuracy, and the rewards of rollouts), ``copying`` and ``recall``. The others are *answered* in the model's own
-words, greedily, and may come after training on the prompts themselves: RULER's needles in haystacks (``niah``) and
-question answering (``ruler_qa``), LongBench (``longbench``).
+accuracy, and the rewards of rollouts), ``copying``, ``recall``, and the curves ``recall_curve`` and
+``loss_by_position``. The others are *answered* in the model's own words, greedily, and may come after training on
+the prompts themselves: RULER's needles in haystacks (``niah``), its other generated tasks (``vt``, ``cwe``,
+``fwe``; with ``niah`` they are ``ruler``) and question answering (``ruler_qa``), LongBench (``longbench``).
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers.utils.logging import disable_progress_bar
 
+from refine.data.recall_documents import recall_items
+from refine.data.stream import DataConfig, held_out_stream
 from refine.evaluation.answers import answer_items
+from refine.evaluation.curves import bootstrap_interval, draw_curves, loss_by_position, recall_over_distance
 from refine.evaluation.held_out import held_out_by_document
 from refine.evaluation.metrics import wilson_interval
-from refine.evaluation.predictions import Predictions, PredictionsError, fingerprint
+from refine.evaluation.predictions import RESULTS, Predictions, PredictionsError, check_folder, fingerprint
 from refine.evaluation.recall import evaluate_copying, evaluate_recall
 from refine.evaluation.report import (
     average_scores,
@@ -37,11 +42,18 @@ from refine.evaluation.tasks.longbench import PREFIX, longbench_items
 from refine.evaluation.tasks.niah import NIAH_TASKS, SAMPLES, NiahGenerator, TokenCounter
 from refine.evaluation.tasks.qa import qa_items
 from refine.evaluation.tasks.rows import BadRows, Columns
+from refine.evaluation.tasks.ruler import RULER_TASKS, RulerGenerator
 from refine.evaluation.tasks.words import find_words
-from refine.training.data import DataError, held_out_stream
-from refine.training.parts import choose_device, data_config, load_parts
-from refine.training.recall import recall_items
-from refine.training.settings import SettingsError, TrainSettings
+from refine.files import why, write_whole
+from refine.prepare import (
+    check_environment,
+    choose_device,
+    is_out_of_memory,
+    load_model_and_tokenizer,
+    try_reward,
+)
+from refine.settings import SettingsError
+from refine.signals import Terminated, name_and_code, terminations
 
 DOCUMENTS = 96  # of a measure
 COPY_DISTANCES = (32, 64, 128)
@@ -50,16 +62,24 @@ COPY_DISTANCES = (32, 64, 128)
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; 0 when it ended well, 2 with one sentence when it could not begin."""
     disable_progress_bar()  # of loading
+    code, sentence = 0, ""
     try:
-        settings = parse_settings(sys.argv[1:] if arguments is None else arguments)
-        evaluate(settings)
-    except (SettingsError, DataError, PredictionsError, FileNotFoundError) as error:
-        print(f"refine.eval: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("refine.eval: stopped; answers in output_dir are whole, go on with --resume", file=sys.stderr)
-        return 130
-    return 0
+        with terminations():
+            evaluate(parse_settings(sys.argv[1:] if arguments is None else arguments))
+    except OSError as error:
+        code, sentence = 2, why(error) if error.errno else str(error)
+    except ValueError as error:  # of settings, data, files, or of the model about what it was given
+        code, sentence = 2, str(error)
+    except (KeyboardInterrupt, Terminated) as error:
+        name, code = name_and_code(error)
+        sentence = f"stopped by {name}; answers that are in output_dir stay, go on with --resume"
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        code, sentence = 1, f"out of memory ({str(error).splitlines()[0]}). Try a smaller batch_size"
+    if sentence:
+        print(f"refine.eval: {sentence}", file=sys.stderr)
+    return code
 
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
@@ -69,15 +89,18 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         SettingsError, DataError, PredictionsError, FileNotFoundError: something about the settings, the data,
             the model or earlier predictions is wrong; raised before any answer.
     """
-    loading = _loading(settings)
-    device = choose_device(loading)
-    model, tokenizer = load_parts(loading, None)
+    check_environment()
+    folder = None if settings.output_dir is None else Path(settings.output_dir)
+    if folder is not None:
+        check_folder(folder, settings.resume, settings.overwrite_output_dir)
+    device = choose_device(settings.device)
+    model, tokenizer = load_model_and_tokenizer(settings)
+    try_reward(settings, model.config.hidden_size)
     model.to(device).eval()
     bad = BadRows()
     items = _items(settings, tokenizer, bad)
     for sentence in bad.describe():
         print(f"refine.eval: {sentence}", file=sys.stderr)
-    folder = None if settings.output_dir is None else Path(settings.output_dir)
     identity = _identity(settings, model) if items else {}
     predictions = Predictions(
         folder if items else None, identity, resume=settings.resume, overwrite=settings.overwrite_output_dir
@@ -85,7 +108,11 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     if predictions.lines:
         print(f"going on: {len(predictions.lines)} of {len(items)} samples are answered")
 
-    results, intervals = _measure(model, tokenizer, settings, loading)
+    results, intervals = _measure(model, tokenizer, settings)
+    curves = _curves(model, tokenizer, settings)
+    for name, curve in curves.items():
+        results |= {f"{name}_{place}": value for place, (value, _) in curve.items()}
+        intervals |= {f"{name}_{place}": interval for place, (_, interval) in curve.items() if interval}
     for name, value in results.items():
         print(f"{name:<28}{value:>12,}" if isinstance(value, int) else f"{name:<28}{value:>12.4f}")
 
@@ -102,7 +129,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         intervals[score.name] = score.interval
 
     record = {
-        "model": settings.model,
+        "model": settings.model_name_or_path,
         "results": results,
         "intervals": intervals,
         "scores": score_records(scores),
@@ -113,21 +140,8 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         "versions": versions(),
     } | identity.get("sources", {})
     if folder is not None:
-        _write(folder, record, lines)
+        _write(folder, record, lines, curves)
     return record
-
-
-def _loading(settings: EvalSettings) -> TrainSettings:
-    """The part that training knows how to do: load a model, read a held-out text."""
-    names = {f.name for f in dataclasses.fields(TrainSettings)} & {
-        f.name for f in dataclasses.fields(settings)
-    }
-    given = {name: getattr(settings, name) for name in names - {"output_dir", "overwrite_output_dir"}}
-    return TrainSettings(
-        **given,
-        model_name_or_path=settings.model,
-        eval_dataset_name_or_path=settings.dataset_name_or_path,
-    )
 
 
 def _items(settings: EvalSettings, tokenizer, bad: BadRows) -> list[Item]:
@@ -141,8 +155,15 @@ def _items(settings: EvalSettings, tokenizer, bad: BadRows) -> list[Item]:
             if NIAH_TASKS[name].haystack == "essay":
                 essay = find_essay(settings.essay_file)
             for length in settings.lengths:
-                generator = NiahGenerator(NIAH_TASKS[name], counter, length, essay, settings.seed)
+                generator = NiahGenerator(
+                    NIAH_TASKS[name], counter, length, essay, settings.seed, wording=settings.needle_wording
+                )
                 items += generator.items(settings.samples or SAMPLES)
+        for name in [task for task in settings.tasks if task in RULER_TASKS]:
+            for length in settings.lengths:
+                items += RulerGenerator(name, counter, length, settings.seed).items(
+                    settings.samples or SAMPLES
+                )
         if asked := [task for task in settings.tasks if task.startswith("ruler_")]:
             of = None if "ruler_qa" in asked else asked
             items += qa_items(settings.ruler_qa_files, columns, tokenizer, tasks=of, **rest)
@@ -160,19 +181,19 @@ def _identity(settings: EvalSettings, model) -> dict[str, Any]:
     chosen = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE_ON_RESUME}
     chosen |= {"model_fingerprint": fingerprint(model)}
     needles = [NIAH_TASKS[task] for task in settings.tasks if task in NIAH_TASKS]
-    sources = {"words": find_words().source} if needles else {}
+    sources = {"words": find_words().source} if needles or "cwe" in settings.tasks else {}
     if any(task.haystack == "essay" for task in needles):
         sources["essay"] = find_essay(settings.essay_file).source
     return chosen | {"sources": sources}
 
 
-def _measure(model, tokenizer, settings: EvalSettings, loading: TrainSettings) -> tuple[dict, dict]:
+def _measure(model, tokenizer, settings: EvalSettings) -> tuple[dict, dict]:
     """The measures asked for, and their 95 % intervals."""
     results: dict[str, float] = {}
     intervals: dict[str, tuple[float, float]] = {}
     count = settings.samples or DOCUMENTS
     if "held_out" in settings.tasks:
-        stream = held_out_stream(data_config(loading), tokenizer)
+        stream = held_out_stream(_held_out_text(settings), tokenizer)
         documents = islice(stream.batches(1), count)
         results, intervals = held_out_by_document(model, documents, settings, settings.seed)
     if "copying" in settings.tasks:
@@ -188,6 +209,51 @@ def _measure(model, tokenizer, settings: EvalSettings, loading: TrainSettings) -
             }
             intervals[f"recall_{tokens}_accuracy"] = wilson_interval(found["recall_accuracy"], count)
     return results, intervals
+
+
+def _curves(model, tokenizer, settings: EvalSettings) -> dict[str, dict[int, tuple[float, Any]]]:
+    """The curves asked for: name -> {distance or position: (value, its 95 % interval)}."""
+    curves = {}
+    count = settings.samples or DOCUMENTS
+    if "recall_curve" in settings.tasks:
+        text = np.concatenate(_held_out_windows(settings, tokenizer, settings.max_length, 2))
+        distances = settings.recall_distances
+        found = recall_over_distance(model, text, distances, count, settings.seed, settings.batch_size)
+        curves["recall_curve"] = {
+            distance: (own["accuracy"], bootstrap_interval(own["passages"]))
+            for distance, own in found.items()
+        }
+        curves["recall_curve_nats"] = {distance: (own["nats"], None) for distance, own in found.items()}
+    if "loss_by_position" in settings.tasks:
+        documents = _held_out_windows(settings, tokenizer, settings.positions, settings.positions)
+        found = loss_by_position(model, documents[:count], settings.positions)
+        curves["loss_by_position"] = {
+            end: (float(losses.mean()), bootstrap_interval(losses)) for end, losses in found.items()
+        }
+    return curves
+
+
+def _held_out_windows(settings: EvalSettings, tokenizer, longest: int, shortest: int) -> list[np.ndarray]:
+    """Held-out text in windows of so many tokens."""
+    config = dataclasses.replace(_held_out_text(settings), max_length=longest, min_length=shortest)
+    stream = held_out_stream(config, tokenizer)
+    if stream is None:
+        raise SettingsError(f"positions is {shortest}, but no held-out document has so many tokens")
+    return [example.input_ids for example in stream.examples()]
+
+
+def _held_out_text(settings: EvalSettings) -> DataConfig:
+    """What measures read: all of the text named, or what is held out of the default text."""
+    return DataConfig(
+        dataset_name_or_path=settings.dataset_name_or_path,
+        dataset_config=settings.dataset_config,
+        dataset_split=settings.dataset_split,
+        text_column=settings.text_column,
+        eval_dataset_name_or_path=settings.dataset_name_or_path,
+        max_length=settings.max_length,
+        min_length=settings.min_tokens,
+        seed=settings.seed,
+    )
 
 
 def _recall(model, tokenizer, seed: int, count: int, tokens: int) -> dict[str, float]:
@@ -215,16 +281,22 @@ def _say_counts(scores, bad: BadRows, trainer) -> None:
             print(f"{count} {what}")
 
 
-def _write(folder: Path, record: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+def _write(
+    folder: Path, record: dict[str, Any], lines: list[dict[str, Any]], curves: dict[str, dict]
+) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "results.json.partial"
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / "results.json")
+        write_whole(folder / RESULTS, json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise PredictionsError(f"output_dir {str(folder)!r} cannot be written: {why(error)}") from error
+    try:
         if draw_heat_maps(lines, folder / "niah.png"):
             print(f"picture  {folder / 'niah.png'}")
-    except OSError as error:
-        raise PredictionsError(f"output_dir {str(folder)!r} cannot be written: {error.strerror}") from error
+        recall, loss = (curves.get(name, {}) for name in ("recall_curve", "loss_by_position"))
+        if draw_curves(recall, loss, folder / "curves.png"):
+            print(f"picture  {folder / 'curves.png'}")
+    except Exception as error:  # no picture is worth an evaluation
+        print(f"no picture: {type(error).__name__}: {why(error)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,86 @@
 """``python -m refine.reproduce``: the rows of the paper's tables, run one after the other, and the tables printed.
 
-A row is a YAML file: the ``table`` and the ``row`` it fills, the model's ``family``, and its ``stages`` in order.
-A stage holds the settings of ``refine.train`` or ``refine.eval``, is checked by them, and runs in a process of its
-own in a folder named by a hash of its settings and of the stages before it: rows that share a stage share it.
+A row has a ``table`` and a ``row`` that it fills, the model's ``family``, and its ``stages`` in order; the paper's
+rows are made of assets/paper_rows.yaml by name, others are YAML files. A stage holds the settings of
+``refine.train`` or ``refine.eval``, is checked by them, and runs in a process of its own in a folder named by a
+hash of its settings and of the stages before it: rows that share a stage share it.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import hashlib
 import json
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
-from refine.evaluation import settings as evaluation
-from refine.training import settings as training
-from refine.training.settings import SettingsError
+from refine.evaluation.settings import EvalSettings, expand_tasks
+from refine.files import FolderInUse, owned, why, write_whole
+from refine.settings import (
+    SettingsError,
+    build,
+    check_values,
+    kinds_of,
+    nearest,
+    read_command_line,
+    read_mapping,
+    read_yaml,
+    setting,
+)
+from refine.training.settings import TrainSettings
 
 FAMILIES = ("lact", "delta_net")
 ROW_KEYS = ("extends", "table", "row", "family", "stages")
-KINDS = {"train": training, "eval": evaluation}
+_TABLE_KEYS = ("title", "columns", "rows")
+KINDS = {"train": TrainSettings, "eval": EvalSettings}
 PLACEHOLDERS = ("model", "text", "qa_train", "qa_test", "longbench")
-PUBLISHED = "published.yaml"
+PAPER = resources.files("refine") / "assets" / "paper_rows.yaml"
+PUBLISHED = resources.files("refine") / "assets" / "paper_numbers.yaml"
+Texts = list[str]  # Options has a setting of the name "list"
 # How and where a stage runs; nothing that its result is named by.
 _FREE = ("output_dir", "overwrite_output_dir", "resume", "resume_from_checkpoint", "device")
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Everything that ``python -m refine.reproduce`` can be told."""
+
+    ALIASES: ClassVar[dict[str, str]] = {}
+
+    rows: Texts = setting([], "names of the paper's rows (with * for several), or YAML files, in this order")
+    output_dir: str = setting("runs/paper", "stages, logs, tables.md, tables.json")
+    model: Texts = setting(
+        [], "a folder or hub name, or one a family: lact=PATH delta_net=PATH", commas=False
+    )
+    text: str | None = setting(None, "mid-training text, as dataset_name_or_path of refine.train")
+    qa_train: str | None = setting(None, "pairs for post-training, likewise")
+    qa_test: str | None = setting(None, "RULER QA rows, as ruler_qa_files of refine.eval")
+    longbench: str | None = setting(None, "LongBench rows, as longbench_files of refine.eval")
+    set: Texts = setting(
+        [], "NAME=VALUE in every stage that knows the name; also train.NAME, eval.NAME", commas=False
+    )
+    nproc_per_node: int = setting(1, "processes of a training stage (torchrun)", least=1)
+    published: str | None = setting(
+        None, "the paper's numbers; default: published.yaml beside the first row's file"
+    )
+    list: bool = setting(False, "show the rows, run nothing")
+    dry_run: bool = setting(False, "write the stages' files and print the commands")
+    print_tables: bool = setting(False, "print from what is there, run nothing")
+
+    def __post_init__(self):
+        check_values(self)
+        if not self.rows:
+            raise SettingsError("name the rows to run, as table3_lact_refine or 'ablation_k_*'")
+        if self.list + self.dry_run + self.print_tables > 1:
+            raise SettingsError("list, dry_run and print_tables exclude each other")
 
 
 @dataclass(frozen=True)
@@ -63,30 +112,25 @@ class Stage:
             launcher += ["torch.distributed.run", "--nproc_per_node", str(processes), "-m"]
         command = [*launcher, f"refine.{self.kind}", "--config", str(folder) + ".yaml"]
         command += ["--output_dir", str(folder)]
-        if self.kind == "train" and any(folder.glob("checkpoint-*")):
-            command += ["--resume_from_checkpoint", "auto"]
-        elif self.kind == "eval" and (folder / "predictions.jsonl").is_file():
-            command += ["--resume"]
-        elif folder.is_dir() and any(folder.iterdir()):
-            command += ["--overwrite_output_dir"]
-        return command
+        if self.kind == "train":
+            return [*command, "--resume_from_checkpoint", "auto"]
+        return [*command, "--resume"]
 
     def write_config(self, root: Path) -> None:
         """Its settings as a file beside its folder, with the model of the stage before."""
         settings = dict(self.settings)
         if self.parent is not None:
-            settings[_model_setting(self.kind)] = str(root / "stages" / self.parent.name / "final")
+            settings["model_name_or_path"] = str(root / "stages" / self.parent.name / "final")
         (root / "stages").mkdir(parents=True, exist_ok=True)
-        (root / "stages" / f"{self.name}.yaml").write_text(
-            yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        write_whole(root / "stages" / f"{self.name}.yaml", text)
 
 
 @dataclass(frozen=True)
 class Row:
     """A row of a table: its label, and its stages; the last is an evaluation."""
 
-    path: Path
+    name: str  # of the paper's row, or of the file
     table: str
     label: str
     stages: list[Stage]
@@ -94,45 +138,57 @@ class Row:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; 0 when every row is there, 1 when one failed, 2 when it could not begin."""
-    options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
     try:
-        return reproduce(options)
+        given = read_command_line(
+            Options, sys.argv[1:] if arguments is None else arguments, "python -m refine.reproduce",
+            "Run rows of the paper's tables (arXiv 2602.16704) and print them beside the paper's numbers.",
+            words_are="rows",
+        )  # fmt: skip
+        return reproduce(build(Options, given))
     except SettingsError as error:
         print(f"refine.reproduce: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"refine.reproduce: {why(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("refine.reproduce: stopped; the same command goes on", file=sys.stderr)
         return 130
 
 
-def reproduce(options: argparse.Namespace) -> int:
+def reproduce(options: Options) -> int:
     """Run the rows as told, and print their tables."""
     root = Path(options.output_dir)
     values = _values(options)
-    overrides = dict(_override(text) for text in options.set or [])
-    rows = [
-        load_row(Path(path), values, overrides, options.nproc_per_node)
-        for path in options.rows
-        if Path(path).name != PUBLISHED
-    ]
-    published = load_published(options.published or Path(options.rows[0]).parent / PUBLISHED)
+    overrides = dict(_override(text) for text in options.set)
+    names = [name for given in options.rows for name in expand_names(given)]
+    rows = [load_row(name, values, overrides, options.nproc_per_node) for name in names]
+    beside = Path(options.rows[0]).parent / "published.yaml"
+    published = load_published(options.published or (beside if beside.is_file() else PUBLISHED))
     if options.list:
         for row in rows:
             state = "done" if row.stages[-1].done(root) else "-"
-            print(f"table {row.table:<8} {row.label:<44} {state:<5} {row.path}")
+            print(f"table {row.table:<10} {row.label:<68} {state:<5} {row.name}")
         return 0
     missing = {name for row in rows for stage in row.stages for name in _unfilled(stage.settings)}
     if missing:
         raise SettingsError("these rows need " + ", ".join(f"--{name}" for name in sorted(missing)))
     if options.dry_run:
-        for stage in dict.fromkeys(stage.name for row in rows for stage in row.stages):
-            found = next(own for row in rows for own in row.stages if own.name == stage)
-            found.write_config(root)
-            print(
-                ("# done: " if found.done(root) else "")
-                + " ".join(found.command(root, options.nproc_per_node))
-            )
+        for stage in {stage.name: stage for row in rows for stage in row.stages}.values():
+            stage.write_config(root)
+            done = "# done: " if stage.done(root) else ""
+            print(done + " ".join(stage.command(root, options.nproc_per_node)))
         return 0
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        with owned(root):
+            return _run(rows, root, options, published)
+    except FolderInUse as error:
+        raise SettingsError(f"output_dir {error}") from error
+
+
+def _run(rows: list[Row], root: Path, options: Options, published: dict[str, Any]) -> int:
+    """Run what is missing, and write the tables; 1 when a row failed."""
     failures: dict[str, str] = {}
     if not options.print_tables:
         broken: set[str] = set()
@@ -144,23 +200,44 @@ def reproduce(options: argparse.Namespace) -> int:
                 print(f"  failed: {failure}", file=sys.stderr, flush=True)
     record, text = make_tables(rows, root, published)
     print(text)
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "tables.md").write_text(text + "\n", encoding="utf-8")
-    (root / "tables.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_whole(root / "tables.md", text + "\n")
+    write_whole(root / "tables.json", json.dumps(record, indent=2) + "\n")
     for label, failure in failures.items():
         print(f"refine.reproduce: {label}: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 
+def row_names() -> list[str]:
+    """The names of the paper's rows."""
+    return list(_paper_rows())
+
+
+def expand_names(given: str) -> list[str]:
+    """The rows that a name means: a file's, a row's of the paper, or all that fit where it has a ``*``.
+
+    Raises:
+        SettingsError: there is none; the nearest is suggested.
+    """
+    if Path(given).is_file():
+        return [] if Path(given).name == "published.yaml" else [given]
+    name = Path(given).name.removesuffix(".yaml")
+    found = [row for row in _paper_rows() if fnmatchcase(row, name)]
+    if not found:
+        end = nearest(name, _paper_rows(), "; --list '*' shows all")
+        raise SettingsError(f"there is no file and no row of the paper {given!r}{end}")
+    return found
+
+
 def load_row(
-    path: Path,
+    name: str | Path,
     values: dict[str, str] | None = None,
     overrides: dict[str, Any] | None = None,
     processes: int = 1,
 ) -> Row:
-    """A row from its file, every stage checked by the settings class of its command.
+    """A row by its name or from its file, every stage checked by the settings class of its command.
 
     Args:
+        name: of a row of the paper, or a YAML file's path.
         values: for the placeholders ``$model``, ``$text``, ...; what is not given stays as it is. A model may be
             given for one family, as ``model.lact``.
         overrides: settings that replace those of every stage that knows them; ``train.`` or ``eval.`` before a
@@ -168,11 +245,11 @@ def load_row(
         processes: of a training stage; its accumulation steps are divided by them, so the batch stays.
 
     Raises:
-        SettingsError: names the file and what is wrong in it.
+        SettingsError: names the row and what is wrong in it.
     """
     values, overrides = values or {}, overrides or {}
     try:
-        merged = _read(path)
+        merged = _read(name)
         for key in ("table", "row", "family", "stages"):
             if not merged.get(key):
                 raise SettingsError(f"{key} is missing")
@@ -183,30 +260,40 @@ def load_row(
             given["model"] = values[f"model.{merged['family']}"]
         _check_overrides(overrides)
         stages: list[Stage] = []
-        for name, content in merged["stages"].items():
+        if not isinstance(merged["stages"], dict):
+            raise SettingsError(f"stages must be a mapping, got {type(merged['stages']).__name__}")
+        for stage, content in merged["stages"].items():
             if content is None:
                 continue
             if not isinstance(content, dict) or len(content) != 1 or next(iter(content)) not in KINDS:
                 raise SettingsError(
-                    f"stage {name!r} must hold either train or eval settings, got {content!r}"
+                    f"stage {stage!r} must hold either train or eval settings, got {content!r}"
                 )
             ((kind, settings),) = content.items()
+            if not isinstance(settings, dict | None):
+                raise SettingsError(
+                    f"stage {stage!r} must be a mapping of settings, got {type(settings).__name__}"
+                )
             if stages and stages[-1].kind == "eval":
-                raise SettingsError(f"stage {name!r} comes after an evaluation, which must be the last")
+                raise SettingsError(f"stage {stage!r} comes after an evaluation, which must be the last")
             stages.append(_stage(kind, settings or {}, stages, given, overrides, processes))
         if not stages or stages[-1].kind != "eval":
             raise SettingsError("the last stage must be an evaluation")
     except SettingsError as error:
-        raise SettingsError(f"{path}: {error}") from error
-    return Row(path, str(merged["table"]), str(merged["row"]), stages)
+        raise SettingsError(f"{name}: {error}") from error
+    return Row(Path(name).stem, str(merged["table"]), str(merged["row"]), stages)
 
 
 def load_published(path: str | Path) -> dict[str, Any]:
     """The tables' columns, and the paper's numbers as far as they are known."""
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))["tables"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise SettingsError(f"published {str(path)!r} cannot be read: {error}") from error
+    loaded = read_yaml(path, "published")
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("tables"), dict):
+        raise SettingsError(f"published {str(path)!r} must be a mapping with the key tables")
+    for name, about in loaded["tables"].items():
+        if unknown := [key for key in about if key not in _TABLE_KEYS]:
+            end = nearest(str(unknown[0]), _TABLE_KEYS)
+            raise SettingsError(f"published {str(path)!r}, table {name}: unknown key {unknown[0]!r}{end}")
+    return loaded["tables"]
 
 
 def make_tables(rows: list[Row], root: Path, published: dict[str, Any]) -> tuple[dict, str]:
@@ -219,7 +306,9 @@ def make_tables(rows: list[Row], root: Path, published: dict[str, Any]) -> tuple
     parts = []
     for name in dict.fromkeys(row.table for row in rows):
         if name not in published:
-            raise SettingsError(f"there is no table {name!r} in {PUBLISHED}: it has {', '.join(published)}")
+            raise SettingsError(
+                f"there is no table {name!r} in the published numbers: they have {', '.join(published)}"
+            )
         about = published[name]
         columns = about["columns"]
         lines = [f"**{about['title']}** (ours / paper, %)", ""]
@@ -230,7 +319,7 @@ def make_tables(rows: list[Row], root: Path, published: dict[str, Any]) -> tuple
             theirs = (about.get("rows") or {}).get(row.label) or [None] * len(columns)
             cells = [f"{_number(own)} / {_number(other)}" for own, other in zip(ours, theirs, strict=True)]
             lines.append(f"| {row.label} | " + " | ".join(cells) + " |")
-            record[name]["rows"][row.label] = {"ours": ours, "paper": theirs, "file": row.path.name}
+            record[name]["rows"][row.label] = {"ours": ours, "paper": theirs, "file": row.name}
         parts.append("\n".join(lines))
     return record, "\n\n".join(parts)
 
@@ -242,7 +331,7 @@ def _measured(row: Row, root: Path, columns: dict[str, list[str]]) -> list[float
     scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
     means = []
     for tasks in columns.values():
-        names = set(evaluation.expand_tasks(tasks))
+        names = set(expand_tasks(tasks))
         own = [score["score"] for score in scores if score["task"] in names]
         covered = {score["task"] for score in scores} >= names
         means.append(100 * sum(own) / len(own) if covered else None)
@@ -283,17 +372,17 @@ def _run_row(row: Row, root: Path, processes: int, broken: set[str]) -> str | No
 
 def _stage(kind, settings, before, values, overrides, processes) -> Stage:
     """One stage: placeholders filled, overrides laid over, checked, and named."""
-    settings = _fill(settings, values)
+    cls = KINDS[kind]
+    settings = read_mapping(cls, _fill(settings, values))
     for name, value in overrides.items():
         wanted, _, bare = name.rpartition(".")
-        if wanted in ("", kind) and bare in _names(kind):
-            settings[bare] = value
-    model = _model_setting(kind)
+        if wanted in ("", kind) and bare in kinds_of(cls):
+            settings |= read_mapping(cls, {bare: value})
     if before:
-        settings[model] = f"stage:{before[-1].name}"
+        settings["model_name_or_path"] = f"stage:{before[-1].name}"
     else:
-        settings.setdefault(model, _fill("$model", values))
-    resolved = _resolve(kind, settings)
+        settings.setdefault("model_name_or_path", _fill("$model", values))
+    resolved = dataclasses.asdict(build(cls, settings))
     if kind == "train" and processes > 1:
         if resolved["gradient_accumulation_steps"] % processes:
             raise SettingsError(
@@ -303,39 +392,66 @@ def _stage(kind, settings, before, values, overrides, processes) -> Stage:
         settings["gradient_accumulation_steps"] = resolved["gradient_accumulation_steps"] // processes
         if settings.get("parallel", "none") == "none":
             settings["parallel"] = "ddp"
-        _resolve(kind, settings)
+        build(cls, settings)
     identity = json.dumps({name: resolved[name] for name in sorted(resolved) if name not in _FREE})
     digest = hashlib.sha256(f"{kind} {identity}".encode()).hexdigest()[:12]
     return Stage(f"{kind}-{digest}", kind, settings, before[-1] if before else None)
 
 
-def _resolve(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with every default, checked by the command's own class."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "stage.yaml"
-        path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        return dataclasses.asdict(KINDS[kind].parse_settings(["--config", str(path)]))
+@cache
+def _paper() -> dict[str, Any]:
+    return read_yaml(PAPER)
 
 
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A row's file over what it extends: mappings are merged, all else is replaced."""
-    if path.resolve() in seen:
-        raise SettingsError(f"extends goes in a circle at {path.name}")
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"is not YAML: {' '.join(str(error).split())}") from error
+@cache
+def _paper_rows() -> dict[str, dict[str, Any]]:
+    """name -> the keys of each row of the paper."""
+    found = {}
+    for table, about in _paper()["tables"].items():
+        if "vary" in about:
+            ((stage, inside),) = about["vary"].items()
+            ((kind, name),) = inside.items()
+            rows = {
+                str(value): {
+                    "label": f", {about['table']} = {value}",
+                    "stages": {stage: {kind: {name: value}}},
+                }
+                for value in about["values"]
+            }
+        else:
+            rows = about["rows"]
+        for family, model in _paper()["families"].items():
+            for name, row in rows.items():
+                found[f"{table}_{family}_{name}"] = {
+                    "extends": about["extends"], "table": about["table"], "row": model + row["label"],
+                    "family": family, "stages": row.get("stages", {}),
+                }  # fmt: skip
+    return found
+
+
+def _read(name: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A row's keys over what it extends: mappings are merged, all else is replaced."""
+    if str(name) in seen:
+        raise SettingsError(f"extends goes in a circle at {Path(name).name}")
+    if Path(name).is_file():
+        loaded = read_yaml(name, "row")
+    elif str(name) in _paper_rows():
+        loaded = _paper_rows()[str(name)]
+    elif str(name) in _paper()["bases"]:
+        loaded = _paper()["bases"][str(name)]
+    else:
+        raise SettingsError(f"there is no file, row or base {str(name)!r}")
     if not isinstance(loaded, dict):
         raise SettingsError(f"must be a mapping, got {type(loaded).__name__}")
     for key in loaded:
         if key not in ROW_KEYS:
-            raise SettingsError(f"unknown key {key!r}{_near(str(key), ROW_KEYS)}")
-    base = loaded.pop("extends", None)
+            raise SettingsError(f"unknown key {key!r}{nearest(str(key), ROW_KEYS)}")
+    own = {key: value for key, value in loaded.items() if key != "extends"}
+    base = loaded.get("extends")
     if base is None:
-        return loaded
-    return _merge(_read(path.parent / base, (*seen, path.resolve())), loaded)
+        return own
+    beside = Path(name).parent / str(base)
+    return _merge(_read(beside if beside.is_file() else str(base), (*seen, str(name))), own)
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -353,7 +469,7 @@ def _fill(value: Any, values: dict[str, str]) -> Any:
         return [_fill(own, values) for own in value]
     if isinstance(value, str) and value.startswith("$"):
         if value[1:] not in PLACEHOLDERS:
-            raise SettingsError(f"unknown placeholder {value!r}{_near(value[1:], PLACEHOLDERS)}")
+            raise SettingsError(f"unknown placeholder {value!r}{nearest(value[1:], PLACEHOLDERS)}")
         return values.get(value[1:], value)
     return value
 
@@ -365,26 +481,12 @@ def _unfilled(settings: Any) -> set[str]:
     return {settings[1:]} if isinstance(settings, str) and settings.startswith("$") else set()
 
 
-def _model_setting(kind: str) -> str:
-    return "model_name_or_path" if kind == "train" else "model"
-
-
-def _names(kind: str) -> list[str]:
-    of = training.TrainSettings if kind == "train" else evaluation.EvalSettings
-    return [field.name for field in dataclasses.fields(of)]
-
-
 def _check_overrides(overrides: dict[str, Any]) -> None:
-    known = [*_names("train"), *_names("eval")]
+    known = list(dict.fromkeys([*kinds_of(TrainSettings), *kinds_of(EvalSettings)]))
     for name in overrides:
         kind, _, bare = name.rpartition(".")
-        if (kind and kind not in KINDS) or bare not in (_names(kind) if kind else known):
-            raise SettingsError(f"set: unknown setting {name!r}{_near(bare, known)}")
-
-
-def _near(name: str, known) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f": did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+        if (kind and kind not in KINDS) or bare not in (kinds_of(KINDS[kind]) if kind else known):
+            raise SettingsError(f"set: unknown setting {name!r}{nearest(bare, known)}")
 
 
 def _override(text: str) -> tuple[str, str]:
@@ -394,46 +496,14 @@ def _override(text: str) -> tuple[str, str]:
     return name.removeprefix("--"), value
 
 
-def _values(options: argparse.Namespace) -> dict[str, str]:
+def _values(options: Options) -> dict[str, str]:
     values = {name: getattr(options, name) for name in PLACEHOLDERS[1:] if getattr(options, name) is not None}
-    for text in options.model or []:
+    for text in options.model:
         family, equals, path = text.partition("=")
         if equals and family not in FAMILIES:
             raise SettingsError(f"model takes PATH, or FAMILY=PATH with {', '.join(FAMILIES)}, got {text!r}")
         values[f"model.{family}" if equals else "model"] = path if equals else text
     return values
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m refine.reproduce",
-        description="Run rows of the paper's tables (arXiv 2602.16704) and print them beside the paper's numbers.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("rows", nargs="+", metavar="ROW.yaml", help="files of configs/paper, in this order")
-    parser.add_argument("--output_dir", default="runs/paper", help="stages, logs, tables.md, tables.json")
-    parser.add_argument(
-        "--model", nargs="+", help="a folder or hub name, or one a family: lact=PATH delta_net=PATH"
-    )
-    parser.add_argument("--text", help="mid-training text, as dataset_name_or_path of refine.train")
-    parser.add_argument("--qa_train", help="pairs for post-training, likewise")
-    parser.add_argument("--qa_test", help="RULER QA rows, as ruler_qa_files of refine.eval")
-    parser.add_argument("--longbench", help="LongBench rows, as longbench_files of refine.eval")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        metavar="NAME=VALUE",
-        help="in every stage that knows the name; also train.NAME, eval.NAME",
-    )
-    parser.add_argument(
-        "--nproc_per_node", type=int, default=1, help="processes of a training stage (torchrun)"
-    )
-    parser.add_argument("--published", help=f"the paper's numbers; default: {PUBLISHED} beside the first row")
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--list", action="store_true", help="show the rows, run nothing")
-    only.add_argument("--dry_run", action="store_true", help="write the stages' files and print the commands")
-    only.add_argument("--print_tables", action="store_true", help="print from what is there, run nothing")
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,20 +1,16 @@
 """``python -m refine.train``: the story of a run, from settings to a trained model.
 
-What it knows: in which order things happen, and that whatever goes wrong, nothing already written is lost.
-What a step is stands in :mod:`refine.method`, what a state is in :mod:`refine.models`.
+What it knows: in which order things happen, and that however a run ends, what it had learned is saved.
+What a step is stands in :mod:`refine.method`, what the phases do in :mod:`refine.training.phases`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,497 +19,391 @@ from tqdm import tqdm
 from transformers import get_scheduler
 from transformers.utils.logging import disable_progress_bar
 
-from refine.evaluation.held_out import evaluate_held_out
-from refine.method.segments import read_next_tokens
-from refine.method.step import RefineStepOutput, next_token_targets, refine_step
-from refine.models.head import NextTokenLoss
-from refine.training import checkpoint
-from refine.training.data import Batch, DataError, held_out_stream, training_stream
-from refine.training.pairs import PairBatch, PairColumns, held_out_pairs, training_pairs
-from refine.training.parallel import World, accumulating, clip_gradients, join_world, wrap
-from refine.training.parts import choose_device, data_config, load_parts
+from refine.data.document import DataError
+from refine.evaluation.recall import answered_greedily, questions_of_recall
+from refine.files import why, write_whole
+from refine.prepare import (
+    check_environment,
+    choose_device,
+    is_out_of_memory,
+    load_model_and_tokenizer,
+    try_reward,
+)
+from refine.settings import SettingsError, to_yaml
+from refine.signals import Terminated, name_and_code, stop_requests, terminations
+from refine.training import checkpoint, resume
+from refine.training.group_phase import write_completions
+from refine.training.parallel import World, join_world, wrap
+from refine.training.phases import make_phase, open_streams
 from refine.training.plots import draw_plots
-from refine.training.settings import SettingsError, TrainSettings, parse_settings, to_yaml
+from refine.training.report import print_report, show
+from refine.training.run_folder import RunFolder
+from refine.training.settings import TrainSettings, parse_settings
 from refine.training.tracking import Tracker, check_reporters, write_samples
-from refine_kernels.linear_logprob import mix_seeds
-
-EVALUATED = {  # a measure of the held-out sequences -> what the report calls it
-    "eval_loss": "next-token loss",
-    "eval_accuracy": "next-token accuracy",
-    "eval_cosine": "cosine reward",
-    "eval_exact_match": "binary reward",
-    "eval_answer_loss": "answer loss",
-}
+from refine.training.update import adamw
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot go on: the message says why, and that what was written is intact."""
+    """The run cannot go on: the message says why, and what is saved."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run from the command line; 0 when the run ended well, 1 or 2 with one sentence when it did not."""
+    """Run from the command line; 0 when the run ended well or was stopped at a whole update, else one sentence and
+    2 (it could not begin, or could not write), 1 (training failed), 130 or 143 (stopped elsewhere by a signal)."""
     disable_progress_bar()  # of loading and saving; a run shows its own
+    run: list[RunFolder] = []
     try:
-        settings = parse_settings(sys.argv[1:] if arguments is None else arguments)
-        train(settings)
-    except (SettingsError, DataError, FileNotFoundError, checkpoint.CheckpointError) as error:
-        print(f"refine.train: {error}", file=sys.stderr)
-        return 2
+        with terminations():
+            train(parse_settings(sys.argv[1:] if arguments is None else arguments), run)
+    except (SettingsError, DataError, checkpoint.CheckpointError, OSError) as error:
+        sentence = f"{why(error)}" if isinstance(error, OSError) and error.errno else str(error)
+        return _say(sentence, run, 2)
     except TrainingStopped as error:
-        print(f"refine.train: {error}", file=sys.stderr)
-        return 1
+        there = run[0].whole_checkpoints() if run else ""
+        return _say(f"{error}; {there}; go on from one with --resume_from_checkpoint FOLDER", run, 1)
+    except ValueError as error:  # of the model or the method, about what it was given
+        return _say(str(error), run, 1 if run and run[0].begun else 2)
+    except (KeyboardInterrupt, Terminated) as error:
+        name, code = name_and_code(error)
+        return _say(f"stopped by {name}", run, code)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        print(
-            f"refine.train: out of memory ({str(error).splitlines()[0]}); what was written is intact. "
-            "Try a smaller per_device_train_batch_size, gradient_checkpointing, segment_length, or parallel fsdp2",
-            file=sys.stderr,
-        )
-        return 1
+        return _say(
+            f"out of memory ({str(error).splitlines()[0]}). Try a smaller per_device_train_batch_size, "
+            "gradient_checkpointing, segment_length, or parallel fsdp2", run, 1,
+        )  # fmt: skip
     return 0
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """On a CPU PyTorch raises a plain RuntimeError."""
-    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return out_of_memory or "can't allocate memory" in str(error)
+def train(settings: TrainSettings, run: list[RunFolder] | None = None) -> Path:
+    """Train as told; returns the folder of the final model, or of the run where a signal stopped it.
 
-
-def train(settings: TrainSettings) -> Path:
-    """Train as told; returns the folder of the final model.
+    Args:
+        settings: of the run.
+        run: gets the run's folder, for what is to be said after an error.
 
     Raises:
         SettingsError, DataError, FileNotFoundError, CheckpointError: something about the settings, the data,
             the model or a checkpoint is wrong; raised before any training, with existing files untouched.
-        TrainingStopped: too many non-finite updates in a row.
+        CheckpointError: a checkpoint cannot be written.
+        TrainingStopped: too many non-finite updates in a row, or weights that are not finite.
     """
+    check_environment()
     check_reporters(settings.report_to)
     try:
-        world = join_world(settings.parallel, choose_device(settings))
+        world = join_world(settings.parallel, choose_device(settings.device))
     except ValueError as error:
         raise SettingsError(str(error)) from error
+    folder = RunFolder(Path(settings.output_dir))
+    if run is not None:
+        run.append(folder)
     try:
-        return _train(settings, world)
+        return _Run(settings, world, folder).go()
     finally:
+        folder.close()
         world.close()
 
 
-def _train(settings: TrainSettings, world: World) -> Path:
-    """The run of one process; the main one writes files and speaks."""
-    started = time.time()
-    say = print if world.is_main else _say_nothing
-    output_dir, device = Path(settings.output_dir), world.device
-    resume = _check_output_dir(settings, output_dir) if world.is_main else None
-    folder = world.from_main(resume[0] if resume else None)
-    if folder is not None and resume is None:
-        resume = folder, checkpoint.load_training_state(folder)
-    model, tokenizer = load_parts(settings, folder)
-    model.to(device)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = wrap(model, world, torch.bfloat16 if settings.bf16 else None)
-    data, (rank, readers) = data_config(settings), world.readers
-    if settings.phase == "post":
-        columns = PairColumns(
-            settings.prompt_column, settings.answer_column, settings.question_column, settings.passages_column
+class _Run:
+    """The run of one process; rank 0 writes files and prints."""
+
+    def __init__(self, settings: TrainSettings, world: World, folder: RunFolder):
+        self.settings, self.world, self.folder = settings, world, folder
+        self.started = time.perf_counter()
+        self.counters = {"step": 0, "tokens": 0, "skipped": 0}
+        self.skipped_in_a_row = 0
+        self.saved_step: int | None = None  # of the last checkpoint
+        self.between = (
+            False  # the weights are amid an update: the optimizer has begun, the counters have not moved
         )
-        stream = training_pairs(data, columns, tokenizer, rank=rank, world_size=readers)
-        held_out_text = held_out_pairs(data, columns, tokenizer) if settings.eval_samples else None
-    else:
-        stream = training_stream(data, tokenizer, rank=rank, world_size=readers)
-        held_out_text = held_out_stream(data, tokenizer) if settings.eval_samples else None
-    held_out = list(islice(held_out_text.batches(1), settings.eval_samples)) if held_out_text else []
+        self.rotation_is_due = False
+        self.tracker: Tracker | None = None
 
-    optimizer = _optimizer(model, settings)
-    schedule = get_scheduler(
-        settings.lr_scheduler_type, optimizer, settings.warmup_steps, num_training_steps=settings.max_steps
-    )
-    counters = {"step": 0, "tokens": 0, "skipped": 0}
-    if resume:
-        state = resume[1]
-        checkpoint.restore_optimizer(*resume, model, optimizer)
-        schedule.load_state_dict(state["schedule"])
-        stream.load_state_dict(state["data"])
-        counters |= state["counters"]
-        checkpoint.set_random_state(state["random"])
-        say(f"going on from {resume[0]}, after update {counters['step']}")
-    elif settings.overwrite_output_dir and world.is_main:
-        _clear(output_dir)
-    tracker = None
-    if world.is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.clear_partial(output_dir)
-        (output_dir / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
-        tracker = Tracker(
-            output_dir, settings.report_to, settings.run_name, dataclasses.asdict(settings), counters["step"]
+    def go(self) -> Path:
+        """From the first look at the folder to the final model."""
+        found = self.look()
+        self.prepare(found)
+        before = self.evaluate() if self.held_out and not found else None
+        self.begin(found)
+        if before:
+            self.log(before)
+        with stop_requests() as stop:
+            self.train_until(stop)
+        if self.saved_step != self.counters["step"]:
+            self.save()
+        if self.counters["step"] < self.settings.max_steps:
+            self.close()
+            by = stop[0] if stop else "a signal to another process"
+            self.say(
+                f"stopped by {by} after update {self.counters['step']}; go on with --resume_from_checkpoint auto"
+            )
+            return self.folder.path
+        return self.finish(before)
+
+    def look(self) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint to go on from, with its state; the same in every process."""
+        settings, found = self.settings, None
+        if self.world.is_main:
+            found = self.folder.look(settings.resume_from_checkpoint, settings.overwrite_output_dir)
+        path = self.world.from_main(found[0] if found else None)
+        if path is not None and found is None:
+            found = path, checkpoint.load_training_state(path)
+        return found
+
+    def prepare(self, found: tuple[Path, dict[str, Any]] | None) -> None:
+        """Model, data, optimizer, and where all of them stood; nothing is written."""
+        settings, world = self.settings, self.world
+        self.changes = resume.compare_settings(settings, *found) if found else {}
+        path = found[0] if found else None
+        try:
+            model, self.tokenizer = load_model_and_tokenizer(settings, settings, path)
+        except (SettingsError, FileNotFoundError, RuntimeError, OSError) as error:
+            if found is None:
+                raise
+            raise checkpoint.CheckpointError(f"{path} cannot be loaded: {error}") from error
+        try_reward(settings, model.config.hidden_size)
+        model.to(world.device)
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model = wrap(model, world, torch.bfloat16 if settings.bf16 else None)
+        self.stream, self.held_out = open_streams(settings, self.tokenizer, world)
+        self.questions = self._questions()
+        self.optimizer = adamw(self.model, settings)
+        self.optimizer.register_step_pre_hook(self._amid_an_update)
+        self.phase = make_phase(settings, self.model, self.optimizer, world, self.tokenizer)
+        self.schedule = get_scheduler(
+            settings.lr_scheduler_type,
+            self.optimizer,
+            settings.warmup_steps,
+            num_training_steps=settings.max_steps,
         )
+        if found:
+            state = found[1]
+            checkpoint.restore_optimizer(*found, self.model, self.optimizer)
+            resume.restore_schedule(self.schedule, self.optimizer, state["schedule"])
+            resume.restore_position(self.stream, found[0], state["data"])
+            self.counters |= state["counters"]
+            if found[0].resolve().parent == self.folder.path.resolve():
+                self.saved_step = self.counters["step"]
+            checkpoint.set_random_state(state["random"])
+        self.position = self.stream.state_dict()
 
-    def log(step: int, metrics: dict[str, float]) -> None:
-        if tracker is not None:
-            tracker.log(step, metrics)
+    def begin(self, found: tuple[Path, dict[str, Any]] | None) -> None:
+        """Take the folder: from here on files are written."""
+        settings, step = self.settings, self.counters["step"]
+        if not self.world.is_main:
+            return
+        by_name = settings.resume_from_checkpoint not in ("none", "auto")
+        self.folder.begin(found[0] if found else None, step, by_name)
+        if found:
+            print(f"going on from {found[0]}, after update {step}")
+            if self.changes:
+                print("settings changed since then: " + resume.describe(self.changes))
+        elif settings.resume_from_checkpoint == "auto":
+            print(f"no checkpoint in {self.folder.path}: starting anew")
+        write_whole(self.folder.path / "config.yaml", to_yaml(settings))
+        self.tracker = Tracker(
+            self.folder.path, settings.report_to, settings.run_name, dataclasses.asdict(settings), step,
+            closed=step >= settings.max_steps,
+        )  # fmt: skip
 
-    def evaluate() -> dict[str, float]:
-        with _precision(settings, device):
-            measured = evaluate_held_out(model, held_out, settings, seed=settings.seed)
-            if settings.phase == "post":
-                measured["eval_answer_loss"] = _held_out_answers(model, held_out, settings)
+    def train_until(self, stop: list[str]) -> None:
+        """Updates up to ``max_steps`` or a request to stop. After an error the last whole update is saved."""
+        try:
+            with tqdm(
+                total=self.settings.max_steps, initial=self.counters["step"], desc=self.settings.phase,
+                unit="update", disable=None if self.world.is_main else True,
+            ) as bar:  # fmt: skip
+                self.model.train()
+                batches = self.stream.batches(self.settings.per_device_train_batch_size)
+                while self.counters["step"] < self.settings.max_steps and not self.world.any(bool(stop)):
+                    self.train_on_one_draw(batches, bar)
+        except checkpoint.CheckpointError:
+            raise
+        except Exception:
+            self.save_after_an_error()
+            raise
+
+    def train_on_one_draw(self, batches: Iterator, bar: tqdm) -> None:
+        """The updates that one draw of rollouts serves (one, on-policy), and a checkpoint where one is due."""
+        settings, counters = self.settings, self.counters
+        updates = min(settings.num_mini_batches, settings.max_steps - counters["step"])
+        saved_before = counters["step"] // settings.save_steps if settings.save_steps else 0
+        mini_batches = [
+            [next(batches).to(self.world.device) for _ in range(settings.gradient_accumulation_steps)]
+            for _ in range(updates)
+        ]
+        drawn = list(zip(mini_batches, self.phase.draw(mini_batches, counters["step"])))
+        for mini_batch, draws in (drawn * settings.num_iterations)[: settings.max_steps - counters["step"]]:
+            began = time.perf_counter()
+            metrics, last = self.phase.update(mini_batch, draws, counters["step"])
+            self.count(metrics, time.perf_counter() - began)
+            self.position = self.stream.state_dict()
+            self.between = False
+            self.rotate(proven=not metrics["skipped"])
+            self.record(metrics, mini_batch, last)
+            show(bar, metrics, counters)
+            if self.skipped_in_a_row >= settings.max_skipped_updates:
+                raise TrainingStopped(
+                    f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient "
+                    f"(max_skipped_updates; is learning_rate={settings.learning_rate:g} too large?); stopped at "
+                    f"update {counters['step']}"
+                )
+            left = settings.max_steps - counters["step"]
+            if self.held_out and settings.eval_steps and counters["step"] % settings.eval_steps == 0 < left:
+                self.log(self.evaluate())
+        if settings.save_steps and counters["step"] // settings.save_steps > saved_before:
+            self.save()
+
+    def count(self, metrics: dict[str, float], seconds: float) -> None:
+        """Move the counters and the learning rate on, and add them to an update's metrics."""
+        counters = self.counters
+        counters["step"] += 1
+        self.schedule.step()
+        counters["tokens"] += metrics["tokens"]
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["skipped"] else 0
+        counters["skipped"] += metrics["skipped"]
+        metrics |= {
+            "learning_rate": self.schedule.get_last_lr()[0],
+            "tokens_per_second": metrics["tokens"] / max(seconds, 1e-9),
+            "total_tokens": counters["tokens"],
+            "skipped_updates": counters["skipped"],
+        }
+
+    def record(self, metrics: dict[str, float], mini_batch: list, last) -> None:
+        """An update's line of metrics, and its samples."""
+        step, settings = self.counters["step"], self.settings
+        if step % settings.logging_steps == 0 or step == settings.max_steps:
+            self.log(metrics)
+        if self.tracker is None or last is None or not settings.sample_steps or step % settings.sample_steps:
+            return
+        folder, batch = self.folder.path / "samples", mini_batch[-1]
+        if settings.phase == "grpo":
+            self.tracker.attempt("samples", lambda: write_completions(folder, step, batch, last))
+        else:
+            ids = batch.input_ids
+            self.tracker.attempt("samples", lambda: write_samples(folder, step, ids, last, self.tokenizer))
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """A line of metrics.jsonl."""
+        if self.tracker is not None:
+            self.tracker.log(self.counters["step"], metrics)
+
+    def evaluate(self) -> dict[str, float]:
+        """The measures of held-out data."""
+        with self.phase.precision():
+            measured = self.phase.measure(self.held_out)
+            for name, rows in self.questions.items():
+                measured[f"eval_{name}"] = sum(answered_greedily(self.model, rows)) / len(rows)
             return measured
 
-    def save() -> None:
+    def rotate(self, proven: bool) -> None:
+        """Remove old checkpoints once the newest has proven good: an update from it, or an evaluation, was finite.
+        So a model that the last update ruined pushes no good one out."""
+        if proven and self.rotation_is_due and self.world.is_main:
+            self.folder.rotate(self.settings.save_total_limit)
+            self.rotation_is_due = False
+
+    def save(self) -> None:
+        """A checkpoint of the last whole update."""
+        step, settings = self.counters["step"], self.settings
         state = {
-            "schedule": schedule.state_dict(),
-            "data": stream.state_dict(),
-            "counters": counters,
+            "schedule": self.schedule.state_dict(),
+            "data": self.position,
+            "counters": self.counters,
+            "settings": dataclasses.asdict(settings),
         }
-        began = time.time()
-        folder = checkpoint.save_checkpoint(
-            output_dir, counters["step"], model, optimizer, tokenizer, state, settings.save_total_limit, world
-        )
-        if world.is_main:
-            size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-            tqdm.write(f"saved {folder} ({size:.0f} MB, {time.time() - began:.1f} s)")
+        began = time.perf_counter()
+        path = self.folder.checkpoint(step)
+        try:
+            checkpoint.save_folder(path, self.model, self.tokenizer, state, self.optimizer, self.world)
+        except checkpoint.NotFiniteError as error:
+            raise TrainingStopped(
+                f"after update {step} {error} is not finite (is learning_rate={settings.learning_rate:g} or "
+                f"weight_decay={settings.weight_decay:g} too large?); it is not saved"
+            ) from error
+        except checkpoint.CheckpointError as error:
+            raise checkpoint.CheckpointError(f"{error}; {self.folder.whole_checkpoints()}") from error
+        self.saved_step = step
+        if self.world.is_main:
+            self.folder.wrote(path)
+            self.rotation_is_due = True
+            size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
+            tqdm.write(f"saved {path} ({size:.0f} MB, {time.perf_counter() - began:.1f} s)")
 
-    before = None
-    if held_out and not resume:
-        before = evaluate()
-        log(0, before)
-    batches = stream.batches(settings.per_device_train_batch_size)
-    model.train()
-    with (
-        stop_requests() as stop,
-        tqdm(
-            total=settings.max_steps,
-            initial=counters["step"],
-            desc=settings.phase,
-            unit="update",
-            disable=None if world.is_main else True,
-        ) as bar,
-    ):
-        skipped_in_a_row = 0
-        while counters["step"] < settings.max_steps and not world.any(bool(stop)):
-            updates = min(settings.num_mini_batches, settings.max_steps - counters["step"])
-            saved_before = counters["step"] // settings.save_steps if settings.save_steps else 0
-            mini_batches = [
-                [next(batches).to(device) for _ in range(settings.gradient_accumulation_steps)]
-                for _ in range(updates)
-            ]
-            for mini_batch, draws in zip(
-                mini_batches, _draw(model, mini_batches, settings, counters["step"])
-            ):
-                began = time.time()
-                metrics, last = {}, None
-                if settings.phase != "post" or settings.prompt_step != "none":
-                    metrics, last = _update(
-                        model, mini_batch, draws, optimizer, settings, counters["step"], world
-                    )
-                if settings.phase == "post":
-                    metrics = _answer_update(model, mini_batch, optimizer, settings, world, metrics)
-                counters["step"] += 1
-                step = counters["step"]
-                schedule.step()
-                counters["tokens"] += metrics["tokens"]
-                skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped"] else 0
-                counters["skipped"] += metrics["skipped"]
-                metrics |= {
-                    "learning_rate": schedule.get_last_lr()[0],
-                    "tokens_per_second": metrics["tokens"] / (time.time() - began),
-                    "total_tokens": counters["tokens"],
-                    "skipped_updates": counters["skipped"],
-                }
-                if step % settings.logging_steps == 0 or step == settings.max_steps:
-                    log(step, metrics)
-                _show(bar, metrics, counters)
-                sampling = world.is_main and settings.sample_steps and step % settings.sample_steps == 0
-                if last is not None and sampling:
-                    write_samples(output_dir / "samples", step, mini_batch[-1].input_ids, last, tokenizer)
-                if skipped_in_a_row >= settings.max_skipped_updates:
-                    raise TrainingStopped(
-                        f"{skipped_in_a_row} updates in a row had a non-finite loss or gradient "
-                        f"(max_skipped_updates); stopped at update {step}, checkpoints in {output_dir} are intact"
-                    )
-                if (
-                    held_out
-                    and settings.eval_steps
-                    and step % settings.eval_steps == 0 < settings.max_steps - step
-                ):
-                    log(step, evaluate())
-            if settings.save_steps and counters["step"] // settings.save_steps > saved_before:
-                save()
-    if counters["step"] < settings.max_steps:
-        save()
-        if tracker is not None:
-            tracker.close()
-        by = stop[0] if stop else "a signal to another process"
-        say(f"stopped by {by} after update {counters['step']}; go on with --resume_from_checkpoint auto")
-        return output_dir
+    def save_after_an_error(self) -> None:
+        """The last whole update, if it is not saved and this process can do it alone."""
+        if self.between or self.world.size > 1 or self.saved_step == self.counters["step"]:
+            return
+        if self.counters["step"] == 0:
+            return
+        try:
+            self.save()
+        except (checkpoint.CheckpointError, TrainingStopped, OSError) as error:
+            print(f"the last save failed too: {error}", file=sys.stderr)
 
-    after = None
-    if held_out:
-        after = evaluate()
-        log(counters["step"], after)
-    checkpoint.save_folder(output_dir / "final", model, tokenizer, world=world)
-    if tracker is not None:
-        tracker.close()
-        plots = draw_plots(output_dir)
-        _report(output_dir, before, after, counters, stream, plots, time.time() - started)
-    return output_dir / "final"
+    def finish(self, before: dict[str, float] | None) -> Path:
+        """The closing evaluation, the final model, the pictures and the report."""
+        after = None
+        if self.held_out:
+            after = self.evaluate()
+            self.log(after)
+        self.rotate(proven=after is None or all(map(math.isfinite, after.values())))
+        final = self.folder.path / "final"
+        try:
+            checkpoint.save_folder(final, self.model, self.tokenizer, world=self.world)
+        except checkpoint.NotFiniteError as error:
+            raise TrainingStopped(f"{error} is not finite; the model is not saved") from error
+        self.close()
+        if self.tracker is not None:
+            plots = self._draw()
+            seconds = time.perf_counter() - self.started
+            print_report(self.folder.path, before, after, self.counters, self.stream.counts, plots, seconds)
+        return final
+
+    def close(self) -> None:
+        """Nothing more is logged."""
+        if self.tracker is not None:
+            self.tracker.close()
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.world.is_main:
+            print(text)
+
+    def _questions(self) -> dict[str, list]:
+        """What every evaluation asks the model."""
+        settings = self.settings
+        if not settings.recall_samples:
+            return {}
+        try:
+            return questions_of_recall(
+                self.tokenizer, settings.max_length, settings.recall_samples, settings.seed
+            )
+        except ValueError as error:
+            raise SettingsError(f"recall_samples: {error}; max_length is {settings.max_length}") from error
+
+    def _draw(self) -> list[Path]:
+        try:
+            return draw_plots(self.folder.path)
+        except ImportError:
+            print("no pictures: matplotlib is not installed (pip install 'refine-fast-weights[plots]')")
+        except Exception as error:  # no picture is worth a run
+            print(f"no pictures: {type(error).__name__}: {why(error)}")
+        return []
+
+    def _amid_an_update(self, *_) -> None:
+        self.between = True
 
 
-@contextmanager
-def stop_requests() -> Iterator[list[str]]:
-    """A list that is filled by the first Ctrl-C or SIGTERM; the second one stops at once."""
-    received: list[str] = []
-
-    def note(number, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(signal.Signals(number).name)
-        tqdm.write(f"{received[0]}: finishing this update, then saving; once more to stop at once")
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: signals are somebody else's business
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _draw(
-    model, mini_batches: list[list[Batch]], settings: TrainSettings, step: int
-) -> Iterator[list[RefineStepOutput | None]]:
-    """Off-policy: the rollouts of every mini-batch by the policy as it is now. On-policy: none, they are drawn
-    in the update itself.
-    """
-    if not settings.draws_rollouts or settings.num_mini_batches == 1:
-        return iter([[None] * len(mini_batch) for mini_batch in mini_batches])
-    device = next(model.parameters()).device
-    with torch.no_grad(), _precision(settings, device):
-        return iter(
-            [
-                [_refine(model, batch, settings, step + i) for batch in mini_batch]
-                for i, mini_batch in enumerate(mini_batches)
-            ]
-        )
-
-
-def _say_nothing(*_) -> None:
-    """What processes other than the main one have to say."""
-
-
-def _refine(model, batch: Batch, settings: TrainSettings, step: int, **given) -> RefineStepOutput:
-    seeds = mix_seeds(settings.seed, step, batch.keys)
-    return refine_step(
-        model, batch.input_ids, settings, attention_mask=batch.attention_mask, seeds=seeds, **given
-    )
-
-
-def _update(
-    model,
-    mini_batch: list[Batch],
-    draws: list[RefineStepOutput | None],
-    optimizer,
-    settings: TrainSettings,
-    step: int,
-    world: World,
-) -> tuple[dict[str, float], RefineStepOutput | None]:
-    """One optimizer update over a mini-batch, unless its loss or gradient is not finite."""
-    device = next(model.parameters()).device
-    optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, torch.Tensor] = {}
-    output = None
-    for batch, draw in zip(mini_batch, draws):
-        with accumulating(model, last=batch is mini_batch[-1]), _precision(settings, device):
-            if not settings.draws_rollouts:
-                loss = _next_token_loss(model, batch, settings, world)
-                found = {"loss": loss, "ntp_loss": loss}
-            else:
-                given = {"relay": world.relay}
-                if draw is not None:
-                    given |= {
-                        "positions": draw.positions,
-                        "rollouts": draw.rollouts,
-                        "old_logprobs": draw.logprobs,
-                        "advantages": draw.advantages,
-                    }
-                    if settings.rollout_stop_entropy is not None:
-                        given["rollout_lengths"] = draw.rollout_lengths
-                output = _refine(model, batch, settings, step, **given)
-                loss = output.loss
-                found = {
-                    "loss": loss,
-                    "ntp_loss": output.ntp_loss,
-                    "nsp_loss": output.nsp_loss,
-                    "reward": output.rewards.mean(),
-                    "reward_std": output.rewards.std(),
-                    "cosine": output.cosine.mean(),
-                    "exact_match": output.exact_match.mean(),
-                    "entropy": output.entropy[batch.attention_mask.bool()].mean(),
-                    "clip_fraction": output.clip_fraction,
-                    "rollout_length": output.rollout_lengths.float().mean(),
-                }
-        with accumulating(model, last=batch is mini_batch[-1]):
-            (loss / len(mini_batch)).backward()
-        for name, value in found.items():
-            sums[name] = sums.get(name, 0.0) + value.detach() / len(mini_batch)
-    if world.relay is not None:
-        world.relay.sum_gradients(model)
-    metrics = world.mean({name: value.item() for name, value in sums.items()})
-    metrics["grad_norm"] = clip_gradients(model, settings.max_grad_norm)
-    finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
-    if finite:
-        optimizer.step()
-    tokens = sum(int(batch.attention_mask.sum()) for batch in mini_batch)
-    tokens = tokens if world.relay is not None else world.total(tokens)
-    return metrics | {"tokens": tokens, "skipped": int(not finite)}, output
-
-
-def _answer_update(
-    model,
-    mini_batch: list[PairBatch],
-    optimizer,
-    settings: TrainSettings,
-    world: World,
-    metrics: dict[str, float],
-) -> dict[str, float]:
-    """The second update of a post-training step: next-token loss on the answers, every answer token of the
-    batch (over micro-batches and processes) with the same weight. ``metrics`` are those of the first.
-    """
-    device = next(model.parameters()).device
-    optimizer.zero_grad(set_to_none=True)
-    local = sum(int((batch.full_targets != -100).sum()) for batch in mini_batch)
-    answer_tokens = world.total(local)
-    total = 0.0
-    for batch in mini_batch:
-        with accumulating(model, last=batch is mini_batch[-1]):
-            with _precision(settings, device):
-                weight = (batch.full_targets != -100).float() * (world.size / answer_tokens)
-                loss = _weighted_loss(model, batch.full_ids, batch.full_targets, weight, settings, None)
-            loss.backward()
-        total += loss.item()
-    loss = world.mean({"answer_loss": total})["answer_loss"]
-    norm = clip_gradients(model, settings.max_grad_norm)
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    if finite:
-        optimizer.step()
-    if not metrics:
-        prompt_tokens = world.total(sum(int(batch.attention_mask.sum()) for batch in mini_batch))
-        metrics = {"loss": loss, "ntp_loss": loss, "grad_norm": norm, "tokens": prompt_tokens, "skipped": 0}
-    return metrics | {
-        "answer_loss": loss,
-        "answer_grad_norm": norm,
-        "tokens": metrics["tokens"] + answer_tokens,
-        "skipped": metrics["skipped"] + int(not finite),
-    }
-
-
-@torch.no_grad()
-def _held_out_answers(model, held_out: list[PairBatch], settings: TrainSettings) -> float:
-    """The answer loss of held-out pairs, in nats a token."""
-    device = next(model.parameters()).device
-    total, tokens = 0.0, 0
-    for batch in held_out:
-        batch = batch.to(device)
-        weight = (batch.full_targets != -100).float()
-        request = NextTokenLoss(batch.full_targets, weight, entropy=False)
-        total += model(batch.full_ids, use_cache=False, head=request).loss.item()
-        tokens += int(weight.sum())
-    return total / tokens
-
-
-def _next_token_loss(model, batch: Batch, settings: TrainSettings, world: World) -> torch.Tensor:
-    """The SFT loss of a batch, in one pass or by segments."""
-    targets = next_token_targets(batch.input_ids, batch.attention_mask.sum(1))
-    return _weighted_loss(model, batch.input_ids, *targets, settings, world.relay)
-
-
-def _weighted_loss(model, input_ids, targets, weight, settings: TrainSettings, relay) -> torch.Tensor:
-    """The weighted sum of next-token losses, in one pass or by segments."""
-    if settings.segment_length is None:
-        return model(input_ids, use_cache=False, head=NextTokenLoss(targets, weight, entropy=False)).loss
-    return read_next_tokens(model, input_ids, targets, weight, settings.segment_length, relay).ntp_loss
-
-
-def _optimizer(model, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW; vectors (norms, decay rates) are not decayed."""
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-    )
-
-
-def _precision(settings: TrainSettings, device: torch.device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16)
-
-
-def _check_output_dir(settings: TrainSettings, output_dir: Path) -> tuple[Path, dict] | None:
-    """What to resume, if anything; a folder with files in it must be named on purpose."""
-    resume = checkpoint.find_resume(output_dir, settings.resume_from_checkpoint)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise SettingsError(f"output_dir {str(output_dir)!r} is a file")
-    occupied = output_dir.is_dir() and any(output_dir.iterdir())
-    if occupied and not resume and not settings.overwrite_output_dir:
-        raise SettingsError(
-            f"output_dir {str(output_dir)!r} is not empty: give --overwrite_output_dir, "
-            "--resume_from_checkpoint auto, or another folder"
-        )
-    return resume
-
-
-def _clear(output_dir: Path) -> None:
-    """Remove what an earlier run of ours wrote, and nothing else."""
-    for pattern in ("checkpoint-*", "final", "final.partial", "samples", "tensorboard"):
-        for path in output_dir.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
-    for name in ("metrics.jsonl", "config.yaml", "loss.png", "reward.png"):
-        (output_dir / name).unlink(missing_ok=True)
-
-
-def _show(bar: tqdm, metrics: dict[str, float], counters: dict[str, Any]) -> None:
-    shown = {"loss": f"{metrics['ntp_loss']:.3f}"}
-    if "reward" in metrics:
-        shown["reward"] = f"{metrics['reward']:.3f}"
-    shown["tok/s"] = f"{metrics['tokens_per_second']:.0f}"
-    if counters["skipped"]:
-        shown["skipped"] = counters["skipped"]
-    bar.set_postfix(shown, refresh=False)
-    bar.update()
-
-
-def _report(output_dir, before, after, counters, stream, plots, seconds) -> None:
-    """The table at the end of a run."""
-    print(f"\n{counters['step']} updates, {counters['tokens']:,} tokens, {seconds:.0f} s in all")
-    if counters["skipped"]:
-        print(f"{counters['skipped']} updates were skipped: their loss or gradient was not finite")
-    read = stream.counts
-    print(f"data: {read.windows} sequences of {read.documents} documents read", end="")
-    left_out = {"too short": read.short_documents + read.short_windows, "bad rows": read.bad_rows}
-    print("".join(f", {count} {what} left out" for what, count in left_out.items() if count))
-    if read.cut_prompts:
-        print(f"{read.cut_prompts} prompts were longer than max_length and cut in the middle")
-    if after:
-        print(f"\nheld out ({after['eval_sequences']} sequences)   before     after    change")
-        for key, name in EVALUATED.items():
-            if key not in after:
-                continue
-            if before:
-                row = f"{before[key]:9.4f} {after[key]:9.4f} {after[key] - before[key]:+9.4f}"
-            else:
-                row = f"{'-':>9} {after[key]:9.4f} {'-':>9}"
-            print(f"{name:<26}{row}")
-    print(f"\nmodel    {output_dir / 'final'}")
-    for plot in plots:
-        print(f"picture  {plot}")
+def _say(sentence: str, run: list[RunFolder], code: int) -> int:
+    """One sentence, with what is saved."""
+    saved = run[0].last_saved if run else None
+    if saved is not None and "written before" not in sentence:
+        sentence += f"; the last checkpoint is {saved}, go on with --resume_from_checkpoint auto"
+    print(f"refine.train: {sentence}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

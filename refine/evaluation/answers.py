@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from refine.evaluation.generation import generate_greedy
 from refine.evaluation.predictions import Predictions
+from refine.evaluation.prompt_training import PromptTrainer
 from refine.evaluation.settings import EvalSettings
 from refine.evaluation.tasks.item import Item, Prompt
-from refine.evaluation.test_time import PromptTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,11 +62,7 @@ def prompt_trainer(model, settings: EvalSettings) -> PromptTrainer:
         settings,
         kind=settings.ttt,
         steps=settings.ttt_steps,
-        learning_rate=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
+        optimizer=settings,
         bf16=settings.bf16,
         seed=settings.seed,
     )

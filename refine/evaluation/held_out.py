@@ -8,8 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from refine.method.config import RefineConfig
-from refine.method.step import next_token_targets, refine_step
+from refine.method import RefineConfig, next_token_targets, refine_step
 from refine.models.head import SampleToken
 from refine_kernels.linear_logprob import mix_seeds
 
@@ -25,7 +24,9 @@ def evaluate_held_out(model, batches: Iterable, config: RefineConfig, seed: int 
         ``eval_loss`` (nats a token) and ``eval_accuracy`` over all valid targets; ``eval_cosine`` and
         ``eval_exact_match``, means over rollouts; ``eval_tokens`` and ``eval_sequences``, how many there were.
     """
-    config = dataclasses.replace(config, selection="uniform", step="shared_prefix", rollout_stop_entropy=None)
+    config = dataclasses.replace(
+        config, selection="uniform", step="shared_prefix", rollout_stop_entropy=None, beta=0.0
+    )
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device

@@ -10,14 +10,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from refine.files import FolderInUse, owned, why, write_whole
+
 FILE = "predictions.jsonl"
 IDENTITY = "evaluation.json"
+RESULTS = "results.json"
+_NEEDED = (
+    "key",
+    "task",
+    "length",
+    "score",
+    "cut",
+    "trained",
+    "prompt_tokens",
+    "prediction",
+    "references",
+    "depths",
+)
 
 
 class PredictionsError(ValueError):
@@ -50,30 +66,24 @@ class Predictions:
         overwrite: bool = False,
     ):
         self.lines: dict[str, dict[str, Any]] = {}
-        self._file = None
+        self._file, self._owned = None, ExitStack()
         if folder is None:
             return
         path = folder / FILE
-        if path.exists() and not (resume or overwrite):
-            raise PredictionsError(
-                f"output_dir {str(folder)!r} has the predictions of an earlier evaluation: give --resume, "
-                "--overwrite_output_dir, or another folder"
-            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._owned.enter_context(owned(folder))
             if resume and path.exists():
                 _check_identity(folder, identity)
                 self.lines = _read(path)
             else:
                 path.unlink(missing_ok=True)
-                partial = folder / f"{IDENTITY}.partial"
-                partial.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-                partial.replace(folder / IDENTITY)
+                write_whole(folder / IDENTITY, json.dumps(identity, indent=2) + "\n")
             self._file = path.open("ab", buffering=0)
-        except OSError as error:
-            raise PredictionsError(
-                f"output_dir {str(folder)!r} cannot be written: {error.strerror}"
-            ) from error
+        except (OSError, FolderInUse) as error:
+            self._owned.close()
+            reason = f"cannot be written: {why(error)}" if isinstance(error, OSError) else str(error)
+            raise PredictionsError(f"output_dir {str(folder)!r} {reason}") from error
 
     def add(self, lines: list[dict[str, Any]]) -> None:
         """Answers of one batch, in one write."""
@@ -82,14 +92,40 @@ class Predictions:
         if self._file is not None and lines:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             data = text.encode("utf-8", errors="replace")
-            while data:
-                data = data[self._file.write(data) :]
-            os.fsync(self._file.fileno())
+            try:
+                while data:
+                    data = data[self._file.write(data) :]
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise PredictionsError(
+                    f"{FILE} cannot be written: {why(error)}; the answers in it stay, go on with --resume"
+                ) from error
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+        self._owned.close()
+
+
+def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Whether an evaluation may write into a folder.
+
+    Raises:
+        PredictionsError: it holds an evaluation, or a results.json, and neither was asked for.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise PredictionsError(f"output_dir {str(folder)!r} is a file")
+    if (folder / FILE).exists() and not (resume or overwrite):
+        raise PredictionsError(
+            f"output_dir {str(folder)!r} has the predictions of an earlier evaluation: give --resume, "
+            "--overwrite_output_dir, or another folder"
+        )
+    if (folder / RESULTS).exists() and not (overwrite or _is_ours(folder / RESULTS)):
+        raise PredictionsError(
+            f"output_dir {str(folder)!r} has a {RESULTS} that no evaluation of ours wrote: give "
+            "--overwrite_output_dir, or another folder"
+        )
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -103,10 +139,18 @@ def fingerprint(model: torch.nn.Module) -> str:
     return found.hexdigest()
 
 
+def _is_ours(results: Path) -> bool:
+    try:
+        found = json.loads(results.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"results", "settings", "versions"} <= found.keys()
+
+
 def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
     try:
-        before = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        before = dict(json.loads((folder / IDENTITY).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise PredictionsError(
             f"resume: {folder} has predictions but no readable {IDENTITY} that says how they were made"
         ) from error
@@ -129,6 +173,8 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
             line = json.loads(piece)
             if number == len(pieces):  # whole, but for its line break: who knows
                 raise ValueError
+            if missing := [name for name in _NEEDED if name not in line]:
+                raise ValueError(f"it has no {missing[0]}")
             lines[line["key"]] = line
         except (ValueError, KeyError, TypeError) as error:
             if not torn:

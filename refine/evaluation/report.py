@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from refine.evaluation.metrics import found_in, interval_of_mean, wilson_interval
+from refine.pictures import import_pyplot
 
 _PACKAGES = ("refine-fast-weights", "torch", "transformers", "tokenizers", "triton", "flash-linear-attention")
 _DEPTH_BINS = 10
@@ -135,10 +136,7 @@ def draw_heat_maps(lines: Iterable[dict[str, Any]], path: Path) -> bool:
     Returns whether there was anything to draw, and matplotlib to draw it with.
     """
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        plt = import_pyplot()
     except ImportError:
         return False
     import numpy as np

@@ -1,17 +1,18 @@
 """How good is a rollout, against the true continuation? (Eqs. 9, 11 and 12.)
 
 A reward is a function of (predicted ids [R, k], true ids [R, k], predicted hidden [R, k, D], true hidden
-[R, k, D]) that returns one number a rollout, [R] float32. It carries no gradient. Hidden states arrive in
+[R, k, D]) that returns one number per rollout, [R] float32. It carries no gradient. Hidden states arrive in
 float32: in bfloat16 a thousand cosines have about five distinct values.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+
+from refine.method.plugins import find_function
 
 DISCOUNT = 0.8  # gamma of discounted_cosine: the fifth token weighs 0.41 of the first
 
@@ -73,14 +74,6 @@ def find_reward(name: str) -> Reward:
     """A reward by its name, or by ``module:function`` for one that lives elsewhere.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no such reward.
     """
-    if name in REWARDS:
-        return REWARDS[name]
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
-        raise ValueError(f"reward must be one of {', '.join(REWARDS)} or module:function, got {name!r}")
-    try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {name!r} cannot be imported: {error}") from error
+    return find_function("reward", name, REWARDS)

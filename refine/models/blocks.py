@@ -7,9 +7,32 @@ two cores, the convolution takes 16 ms forward and backward where ``conv1d`` tak
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from refine.models.layout import BatchLayout
+from refine.models.registry import register_auto_classes
+
+
+@functools.cache
+def _fla(module: str, name: str) -> Callable:
+    """A function of flash-linear-attention, imported where it is first needed.
+
+    Its import registers its own models for our model types; ours are put back.
+    """
+    function = getattr(importlib.import_module(f"fla.modules.{module}"), name)
+    register_auto_classes()
+    return function
+
+
+def is_loaded(parameter: nn.Parameter) -> bool:
+    """Whether ``from_pretrained`` has given this parameter its values, so that it must not be drawn anew."""
+    return getattr(parameter, "_is_hf_initialized", False)
 
 
 class RMSNorm(nn.Module):
@@ -20,12 +43,34 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
+    def reset_own_parameters(self) -> None:
+        """Weight 1, unless it has been loaded."""
+        if not is_loaded(self.weight):
+            nn.init.ones_(self.weight)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type == "cuda":
-            from fla.modules.layernorm import rms_norm
+            return _fla("layernorm", "rms_norm")(x, self.weight, None, eps=self.eps)
+        return _norm(x, self.weight, self.eps)
 
-            return rms_norm(x, self.weight, None, eps=self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+class ZeroCentredRMSNorm(RMSNorm):
+    """``x / rms(x) * (1 + weight)`` over the last dimension, in float32 at least."""
+
+    def __init__(self, size: int, eps: float = 1e-6):
+        super().__init__(size, eps)
+        self.reset_own_parameters()
+
+    def reset_own_parameters(self) -> None:
+        """Weight 0, unless it has been loaded."""
+        if not is_loaded(self.weight):
+            nn.init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = 1.0 + self.weight.to(torch.promote_types(x.dtype, torch.float32))
+        if x.device.type == "cuda":
+            return _fla("layernorm", "rms_norm")(x, weight, None, eps=self.eps)
+        return _norm(x, weight, self.eps)
 
 
 class GatedRMSNorm(RMSNorm):
@@ -33,10 +78,44 @@ class GatedRMSNorm(RMSNorm):
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         if x.device.type == "cuda":
-            from fla.modules.fused_norm_gate import rms_norm_gated
-
+            rms_norm_gated = _fla("fused_norm_gate", "rms_norm_gated")
             return rms_norm_gated(x, gate, self.weight, None, activation="swish", eps=self.eps)
-        return super().forward(x) * F.silu(gate)
+        return _norm(x, self.weight, self.eps, gate)
+
+
+def _norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, gate: torch.Tensor | None = None
+) -> torch.Tensor:
+    exact = torch.promote_types(x.dtype, torch.float32)
+    gate = None if gate is None else gate.to(exact)
+    return _RMSNorm.apply(x.to(exact), weight.to(exact), eps, gate).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """``x / rms(x) * weight``, times ``silu(gate)`` where there is one. Keeps its inputs and one number per row."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, gate):  # [..., D], [D], [..., D]
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale, gate)
+        y = (x * scale).mul_(weight)
+        return y if gate is None else y.mul_(F.silu(gate))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale, gate = ctx.saved_tensors
+        normed = x * scale
+        grad_gate = None
+        if gate is not None:
+            grad_gate = torch.ops.aten.silu_backward(grad * normed * weight, gate)
+            grad = grad * F.silu(gate)
+        product = (grad * normed).flatten(0, -2)  # [N, D]
+        grad_weight = product.sum(0)
+        with torch.autocast(x.device.type, enabled=False):
+            along = (product @ weight).view(scale.shape) / x.shape[-1]  # <grad weight, normed> of each row
+        grad_x = (grad * weight).addcmul_(normed, along, value=-1.0).mul_(scale)
+        return grad_x, grad_weight, None, grad_gate
 
 
 class ShortConvolution(nn.Module):
@@ -50,24 +129,80 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
         self.width = width
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        self.reset_own_parameters()
+
+    def reset_own_parameters(self) -> None:
+        """As a convolution of PyTorch begins, unless the weight has been loaded."""
+        if not is_loaded(self.weight):
+            nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def forward(
         self,
         x: torch.Tensor,  # [B, T, D]
-        tail: torch.Tensor | None = None,  # [B, W-1, D]
+        tail: torch.Tensor | None = None,  # [N, W-1, D]
+        layout: BatchLayout | None = None,
     ) -> torch.Tensor:  # [B, T, D]
-        if tail is not None:
-            return self._convolve(torch.cat([tail.to(x.dtype), x], dim=1))[:, self.width - 1 :]
-        return self._convolve(x)
+        return causal_convolution(x, self.weight.squeeze(1), tail, layout)
 
-    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.squeeze(1).to(x.dtype)
-        if x.device.type == "cuda":
-            from fla.modules.convolution import causal_conv1d
 
-            return causal_conv1d(x, weight, activation="silu")[0]
-        return _ConvolutionSiLU.apply(x, weight)
+def causal_convolution(
+    x: torch.Tensor,  # [B, T, D]
+    weight: torch.Tensor,  # [D, W]
+    tail: torch.Tensor | None = None,  # [N, W-1, D], what came before the first token of a sequence
+    layout: BatchLayout | None = None,
+) -> torch.Tensor:  # [B, T, D]
+    """The function of :class:`ShortConvolution`."""
+    count = weight.shape[1] - 1
+    if layout is not None and layout.packed:
+        joined, token, _ = join_tails(x, tail, layout, count)
+        return causal_convolution(joined, weight).index_select(1, token)
+    if tail is not None:
+        return causal_convolution(torch.cat([tail.to(x.dtype), x], dim=1), weight)[:, count:]
+    weight = weight.to(x.dtype)
+    if x.device.type == "cuda":
+        return _fla("convolution", "causal_conv1d")(x, weight, activation="silu")[0]
+    return _ConvolutionSiLU.apply(x, weight)
+
+
+def join_tails(
+    x: torch.Tensor,  # [1, T, D], N packed documents
+    tail: torch.Tensor | None,  # [N, count, D]; None: zeros
+    layout: BatchLayout,
+    count: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each document behind its tail, all in one row: a convolution of it sees nothing of another document.
+
+    Returns:
+        the row [1, T + N count, D]; where in it each token lies [T]; where the last ``count`` inputs of each
+        document lie [N, count].
+    """
+    documents = torch.arange(len(layout.document_lengths), device=x.device)
+    token = torch.arange(x.shape[1], device=x.device) + (layout.document + 1) * count
+    steps = torch.arange(count, device=x.device)
+    last = (layout.cu_seqlens[1:] + documents * count)[:, None] + steps
+    joined = x.new_zeros(x.shape[1] + len(documents) * count, x.shape[2]).index_copy(0, token, x[0])
+    if tail is not None:
+        first = (layout.cu_seqlens[:-1] + documents * count)[:, None] + steps
+        joined = joined.index_copy(0, first.flatten(), tail.to(x.dtype).flatten(0, 1))
+    return joined[None], token, last
+
+
+def last_inputs(
+    x: torch.Tensor,  # [B, T, D]
+    tail: torch.Tensor | None,  # [N, count, D], what came before; zeros when None
+    layout: BatchLayout,
+    count: int,
+) -> torch.Tensor:  # [N, count, D]
+    """The last ``count`` inputs that each sequence has read, its tail included."""
+    if layout.packed:
+        joined, _, last = join_tails(x, tail, layout, count)
+        return joined[0][last]
+    tail = x.new_zeros(x.shape[0], count, x.shape[2]) if tail is None else tail
+    if layout.lengths is None:
+        return torch.cat([tail, x[:, -count:]], dim=1)[:, -count:]
+    everything = torch.cat([tail, x], dim=1)
+    index = layout.lengths[:, None] + torch.arange(count, device=x.device)
+    return everything.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
 class _ConvolutionSiLU(torch.autograd.Function):
@@ -113,9 +248,7 @@ class GatedMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         if x.device.type == "cuda":
-            from fla.modules.activations import swiglu
-
-            return self.down_proj(swiglu(gate, up))
+            return self.down_proj(_fla("activations", "swiglu")(gate, up))
         return self.down_proj(_SwiGLU.apply(gate, up))
 
 

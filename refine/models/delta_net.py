@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from einops import rearrange
 from torch import nn
 
-from refine.models.blocks import GatedRMSNorm, RMSNorm, ShortConvolution
-from refine.models.causal_lm import FastWeightConfig, FastWeightForCausalLM
+from refine.models.blocks import GatedRMSNorm, RMSNorm, ShortConvolution, last_inputs
+from refine.models.body import FastWeightModel
+from refine.models.causal_lm import FastWeightForCausalLM
+from refine.models.config import FastWeightConfig
+from refine.models.layout import PLAIN, BatchLayout
+from refine.models.registry import register_model
+from refine.models.wrapped import plain_weight
 from refine_kernels import chunk_delta_rule, delta_net_decode, recurrent_delta_rule
 
 _MAX_VALUE_SIZE = 256  # of one call of the delta rule
@@ -83,6 +89,9 @@ class DeltaRuleState:
     tails: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v: [P, W-1, D], before the convolution
     rows: torch.Tensor | None = None  # [N] index into P; None: N = P, in order
 
+    fixed_size: ClassVar[bool] = True
+    graph_capturable: ClassVar[bool] = True
+
     def select(self, rows: torch.Tensor) -> DeltaRuleState:
         """The states of ``rows``, sharing these tensors until they are continued."""
         return replace(self, rows=rows if self.rows is None else self.rows[rows])
@@ -102,32 +111,35 @@ class DeltaRuleState:
 
 @dataclass
 class DeltaRuleTrace:
-    """What a layer keeps of a pass over true sequences: all of it is alive for the backward anyway, except the
+    """What a layer keeps of a pass over N true sequences: all of it is alive for the backward anyway, except the
     states at the stride.
 
     The state at a position inside a stride follows from the state at the stride's start and the keys, values
-    and rates in between, so no projection, convolution or MLP is run again.
+    and rates in between, so no projection, convolution or MLP is run again. A sequence is a row of the batch, or a
+    document of a packed row.
     """
 
-    states: torch.Tensor  # [B, ceil(T/stride), H, K, V] float32, before tokens 0, stride, 2 stride, ...
+    states: torch.Tensor  # [N, ceil(longest/stride), H, K, V] float32, before tokens 0, stride, 2 stride, ...
     key: torch.Tensor  # [B, T, H, K], after convolution and activation, before the l2 norm
     value: torch.Tensor  # [B, T, H, V]
     beta: torch.Tensor  # [B, T, H]
     log_decay: torch.Tensor | None  # [B, T, H] float32
-    conv_inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v: [B, T, D]
-    tails: tuple[torch.Tensor | None, ...]  # q, k, v: [B, W-1, D], what came before; None at a start
+    conv_inputs: tuple[torch.Tensor, ...]  # one or several, as the layer convolves: [B, T, D] each
+    tails: tuple[torch.Tensor | None, ...]  # of each, [N, W-1, D], what came before; None at a start
     stride: int
     conv_size: int
+    cu_seqlens: torch.Tensor | None = None  # [N + 1], of a packed row
 
     def gather(self, rows: torch.Tensor, positions: torch.Tensor) -> DeltaRuleState:
         """The state after the first ``positions`` [M] tokens of sequences ``rows`` [M]."""
-        block = (positions // self.stride).clamp_max(self.states.shape[1] - 1)  # [M]
+        blocks = -(-self._lengths(rows) // self.stride)
+        block = torch.minimum(positions // self.stride, blocks - 1)  # [M]
         start = block * self.stride
         span = min(self.stride, self.key.shape[1])
         token = start[:, None] + torch.arange(span, device=rows.device)  # [M, span]
         read = (token < positions[:, None])[..., None]  # [M, span, 1]
-        key, value, beta = (_take(x, rows, token) for x in (self.key, self.value, self.beta))
-        log_decay = None if self.log_decay is None else _take(self.log_decay, rows, token) * read
+        key, value, beta = (self._take(x, rows, token) for x in (self.key, self.value, self.beta))
+        log_decay = None if self.log_decay is None else self._take(self.log_decay, rows, token) * read
         initial = self.states.flatten(0, 1)[rows * self.states.shape[1] + block]
         _, fast_weight = over_value_blocks(
             chunk_delta_rule,
@@ -149,8 +161,22 @@ class DeltaRuleTrace:
         token = positions[:, None] + torch.arange(-count, 0, device=rows.device)  # [M, W-1]
         inside = (token >= 0)[..., None]
         if tail is None:
-            return _take(x, rows, token) * inside
-        return torch.where(inside, _take(x, rows, token), _take(tail, rows, token + count))
+            return self._take(x, rows, token) * inside
+        before = tail[rows[:, None], (token + count).clamp(0, count - 1)]
+        return torch.where(inside, self._take(x, rows, token), before)
+
+    def _lengths(self, rows: torch.Tensor) -> torch.Tensor:
+        """[M] tokens of each of the sequences."""
+        if self.cu_seqlens is None:
+            return torch.full_like(rows, self.key.shape[1])
+        return self.cu_seqlens.diff()[rows]
+
+    def _take(self, x: torch.Tensor, rows: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        """Tokens of sequences, clamped into the sequence: [B, T, ...], [M], [M, S] -> [M, S, ...]."""
+        first = rows * x.shape[1] if self.cu_seqlens is None else self.cu_seqlens[rows]
+        last = self._lengths(rows)[:, None] - 1
+        index = first[:, None] + torch.minimum(token.clamp_min(0), last)
+        return x.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def over_value_blocks(rule: Callable, q, k, v, beta, *, initial_state=None, **options) -> tuple:
@@ -168,14 +194,10 @@ def over_value_blocks(rule: Callable, q, k, v, beta, *, initial_state=None, **op
     return tuple(None if parts[0] is None else torch.cat(parts, dim=-1) for parts in zip(*blocks))
 
 
-def _take(x: torch.Tensor, rows: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """``x[rows, token]`` with tokens clamped into the sequence: [B, T, ...], [M], [M, S] -> [M, S, ...]."""
-    index = rows[:, None] * x.shape[1] + token.clamp(0, x.shape[1] - 1)
-    return x.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
-
-
 class DeltaNetAttention(nn.Module):
     """One token mixer: projections, short convolutions, the delta rule, output norm."""
+
+    takes_cu_seqlens: ClassVar[bool] = True
 
     def __init__(self, config):
         super().__init__()
@@ -207,27 +229,27 @@ class DeltaNetAttention(nn.Module):
         self,
         x: torch.Tensor,  # [B, T, hidden]
         state: DeltaRuleState | None = None,
-        lengths: torch.Tensor | None = None,  # [B]: only the first tokens of a row are read
+        layout: BatchLayout = PLAIN,
         use_cache: bool = False,
         state_stride: int | None = None,
     ) -> tuple[torch.Tensor, DeltaRuleState | None, DeltaRuleTrace | None]:
         few = x.shape[1] <= _RECURRENT_LENGTH and state_stride is None and not torch.is_grad_enabled()
-        if few and state is not None and lengths is None and self.head_v_dim <= _MAX_VALUE_SIZE:
+        few = few and not layout.packed
+        if few and state is not None and layout.plain and self.head_v_dim <= _MAX_VALUE_SIZE:
             o, new_state = self._decode(x, state)
             return self._finish(x, o), new_state if use_cache else None, None
         conv_inputs = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         tails = (None, None, None) if state is None else state.own_tails()
         convolutions = self.q_conv1d, self.k_conv1d, self.v_conv1d
-        q, k, v = (conv(z, tail) for conv, z, tail in zip(convolutions, conv_inputs, tails))
+        q, k, v = (conv(z, tail, layout) for conv, z, tail in zip(convolutions, conv_inputs, tails))
         q = rearrange(q, "b t (h k) -> b t h k", k=self.head_k_dim)
         k = rearrange(k, "b t (h k) -> b t h k", k=self.head_k_dim)
         v = rearrange(v, "b t (h v) -> b t h v", v=self.head_v_dim)
         beta = self.b_proj(x).sigmoid() * self.beta_scale
         log_decay = self.log_decay(x)
-        if lengths is not None:  # padding neither writes nor decays
-            read = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
-            beta = beta * read
-            log_decay = None if log_decay is None else log_decay * read
+        if (read := layout.is_read(x)) is not None:  # padding neither writes nor decays
+            beta = beta * read[..., None]
+            log_decay = None if log_decay is None else log_decay * read[..., None]
 
         trace = None
         if few:
@@ -254,17 +276,19 @@ class DeltaNetAttention(nn.Module):
                 initial_state=None if state is None else state.own_fast_weight(),
                 output_final_state=use_cache,
                 state_stride=state_stride,
+                cu_seqlens=layout.cu_seqlens,
                 use_qk_l2norm_in_kernel=True,
             )
             if state_stride is not None:
                 trace = DeltaRuleTrace(
-                    states[0], k, v, beta, log_decay, conv_inputs, tails, state_stride, self.conv_size
-                )
+                    states[0], k, v, beta, log_decay, conv_inputs, tails, state_stride, self.conv_size,
+                    layout.cu_seqlens,
+                )  # fmt: skip
 
         new_state = None
         if use_cache:
             new_tails = tuple(
-                _last_inputs(z, tail, lengths, self.conv_size - 1) for z, tail in zip(conv_inputs, tails)
+                last_inputs(z, tail, layout, self.conv_size - 1) for z, tail in zip(conv_inputs, tails)
             )
             new_state = DeltaRuleState(fast_weight, new_tails)
         return self._finish(x, o), new_state, trace
@@ -276,7 +300,7 @@ class DeltaNetAttention(nn.Module):
             self.k_proj(x),
             self.v_proj(x),
             self.b_proj(x),
-            tuple(conv.weight.squeeze(1) for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)),
+            tuple(plain_weight(conv).squeeze(1) for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)),
             state.tails,
             state.fast_weight,
             g=self.log_decay(x),
@@ -294,23 +318,16 @@ class DeltaNetAttention(nn.Module):
         return self.o_proj(rearrange(o, "b t h v -> b t (h v)"))
 
 
-def _last_inputs(
-    x: torch.Tensor,  # [B, T, D]
-    tail: torch.Tensor | None,  # [B, count, D], what came before; zeros when None
-    lengths: torch.Tensor | None,  # [B] tokens read of each row; None: all
-    count: int,
-) -> torch.Tensor:  # [B, count, D]
-    """The last ``count`` inputs that each row has read, its tail included."""
-    tail = x.new_zeros(x.shape[0], count, x.shape[2]) if tail is None else tail
-    if lengths is None:
-        return torch.cat([tail, x[:, -count:]], dim=1)[:, -count:]
-    everything = torch.cat([tail, x], dim=1)
-    index = lengths[:, None] + torch.arange(count, device=x.device)
-    return everything.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+class DeltaNetModel(FastWeightModel):
+    """DeltaNet without a head. See :class:`FastWeightModel` for what ``forward`` takes."""
+
+    config_class = DeltaNetConfig
+    mixers: ClassVar = {"linear_attention": DeltaNetAttention}
 
 
+@register_model(tiny={"hidden_size": 192, "num_hidden_layers": 4, "num_heads": 3, "intermediate_size": 512})
 class DeltaNetForCausalLM(FastWeightForCausalLM):
     """DeltaNet with a language-model head. See :class:`FastWeightForCausalLM` for what ``forward`` takes."""
 
     config_class = DeltaNetConfig
-    attention_class = DeltaNetAttention
+    body_class = DeltaNetModel

@@ -7,13 +7,18 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from refine.models.causal_lm import FastWeightConfig, FastWeightForCausalLM
+from refine.models.blocks import is_loaded
+from refine.models.body import FastWeightModel
+from refine.models.causal_lm import FastWeightForCausalLM
+from refine.models.config import FastWeightConfig
 from refine.models.delta_net import DeltaNetAttention
+from refine.models.registry import register_model
 
 
 class GatedDeltaNetConfig(FastWeightConfig):
@@ -69,6 +74,11 @@ class GatedDeltaNetAttention(DeltaNetAttention):
         self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
         self.reset_decay()
 
+    def reset_own_parameters(self) -> None:
+        """Draw the decay, unless it has been loaded."""
+        if not is_loaded(self.A_log):
+            self.reset_decay()
+
     @torch.no_grad()
     def reset_decay(self, largest_rate: float = 16.0, steps: tuple[float, float] = (1e-3, 1e-1)) -> None:
         """Draw the decay anew, by default as Mamba-2 does: A uniform up to ``largest_rate``, softplus(dt_bias)
@@ -85,8 +95,26 @@ class GatedDeltaNetAttention(DeltaNetAttention):
         return -self.A_log.to(dtype).exp() * rate
 
 
+class GatedDeltaNetModel(FastWeightModel):
+    """Gated DeltaNet without a head. See :class:`FastWeightModel` for what ``forward`` takes."""
+
+    config_class = GatedDeltaNetConfig
+    mixers: ClassVar = {"linear_attention": GatedDeltaNetAttention}
+
+
+@register_model(
+    "gated_delta_net",
+    tiny={
+        "hidden_size": 192,
+        "num_hidden_layers": 4,
+        "num_heads": 3,
+        "head_dim": 64,
+        "expand_v": 1.0,
+        "intermediate_size": 512,
+    },
+)
 class GatedDeltaNetForCausalLM(FastWeightForCausalLM):
     """Gated DeltaNet with a language-model head. See :class:`FastWeightForCausalLM`."""
 
     config_class = GatedDeltaNetConfig
-    attention_class = GatedDeltaNetAttention
+    body_class = GatedDeltaNetModel

@@ -35,7 +35,7 @@ def mimetic_init_(model: FastWeightForCausalLM, strength: float = 4.0) -> FastWe
             gate (which at the start multiplies all that is recalled by a random sign).
     """
     for layer in model.model.layers:
-        attention = layer.attn
+        attention = getattr(layer, "attn", None)
         if not isinstance(attention, DeltaNetAttention) or attention.conv_size < 2:
             raise ValueError("mimetic_init needs delta-rule layers with convolutions of at least two tokens")
         if attention.g_proj is not None:

@@ -8,21 +8,27 @@ those of the published checkpoints (``model_type: lact_swiglu``), so they load a
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from refine.models.blocks import RMSNorm
-from refine.models.causal_lm import FastWeightConfig, FastWeightForCausalLM
+from refine.models.blocks import RMSNorm, is_loaded
+from refine.models.body import FastWeightModel
+from refine.models.causal_lm import FastWeightForCausalLM
+from refine.models.config import FastWeightConfig
 from refine.models.lact_state import LaCTLayerState, LaCTMemory, LaCTSettings, LaCTTokens, LaCTTrace
+from refine.models.layout import PLAIN, BatchLayout
+from refine.models.registry import register_model
 from refine.models.rotary import rotary_angles, rotate
 from refine.models.window_attention import window_attention
+from refine.models.wrapped import plain_weight
 from refine_kernels.lact import LaCTWeights, Widths, lact_apply, lact_finish, lact_prepare, lact_scan
 from refine_kernels.lact.layout import count_entries
 
-BASE_RATE = 1e-3  # softplus(BASE_RATE_SHIFT), the learning rate of a token that asks for nothing
+BASE_RATE = 1e-3  # softplus(BASE_RATE_SHIFT), the learning rate where lr_proj gives 0
 BASE_RATE_SHIFT = math.log(math.expm1(BASE_RATE))
 NORM_EPS = 1e-5
 
@@ -115,12 +121,12 @@ class LowRankFastWeight(nn.Module):
         self.w_left = nn.Parameter(torch.empty(heads, rows, rank))
         self.w_right = nn.Parameter(torch.empty(heads, rank, columns))
         self.gain = gain
-        self.reset_fast_weights()
+        self.reset_own_parameters()
 
-    def reset_fast_weights(self) -> None:
-        """Draw both factors anew, but for one that has been loaded."""
+    def reset_own_parameters(self) -> None:
+        """Draw both factors anew, except one that has been loaded."""
         for weight in (self.w_left, self.w_right):
-            if not getattr(weight, "_is_hf_initialized", False):
+            if not is_loaded(weight):
                 nn.init.normal_(weight, std=self.gain * weight.shape[-1] ** -0.5)
 
     def forward(self) -> torch.Tensor:
@@ -132,6 +138,8 @@ class LowRankFastWeight(nn.Module):
 
 class LaCTAttention(nn.Module):
     """One token mixer: window attention plus large-chunk fast weights on the same queries, keys and values."""
+
+    takes_cu_seqlens: ClassVar[bool] = True
 
     def __init__(self, config: LaCTConfig):
         super().__init__()
@@ -156,12 +164,12 @@ class LaCTAttention(nn.Module):
         self.ttt_scale_proj = nn.Linear(hidden, heads) if config.learnable_ttt_scale else None
         self.ttt_norm = RMSNorm(widths.dv, NORM_EPS)
         self.o_proj = nn.Linear(hidden, hidden, bias=False)
-        self.reset_fast_weights()
+        self.reset_own_parameters()
 
-    def reset_fast_weights(self) -> None:
-        """Draw this module's own initial fast weights anew, but for what has been loaded; scale 1, offset 0."""
+    def reset_own_parameters(self) -> None:
+        """Draw this module's own initial fast weights anew, except what has been loaded; scale 1, offset 0."""
         for name, weight in self.named_parameters(recurse=False):
-            if getattr(weight, "_is_hf_initialized", False):
+            if is_loaded(weight):
                 continue
             if name == "qk_scale":
                 nn.init.ones_(weight)
@@ -174,36 +182,37 @@ class LaCTAttention(nn.Module):
         self,
         x: torch.Tensor,  # [B, T, hidden]
         state: LaCTLayerState | None = None,
-        lengths: torch.Tensor | None = None,  # [B]: only the first tokens of a row are read
+        layout: BatchLayout = PLAIN,
         use_cache: bool = False,
-        state_stride: int
-        | None = None,  # a trace is wanted; states are kept once a chunk whatever its number
+        state_stride: int | None = None,  # a trace is wanted; its states are one a chunk whatever the number
     ) -> tuple[torch.Tensor, LaCTLayerState | None, LaCTTrace | None]:
-        if state is None:
-            start = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        else:
-            start = state.position
-        position = start[:, None] + torch.arange(x.shape[1], device=x.device)  # [B, T]
-        q, fast_q, new = self._project(x, position)
+        if layout.packed and state is not None:
+            y, after, trace = self(layout.to_rows(x), state, layout.as_rows(), use_cache, state_stride)
+            return layout.to_packed(y), after, trace
+        read = layout.tokens_read(x)  # [N]
+        start = torch.zeros_like(read) if state is None else state.position
+        q, fast_q, new = self._project(x, layout.positions(x, start))
         short = self.settings.max_own_tokens
-        if state is not None and lengths is None and state_stride is None and x.shape[1] <= short:
+        if state is not None and layout.plain and state_stride is None and x.shape[1] <= short:
             if state.own_tokens + x.shape[1] > short:
                 state = state.settle()
             attended, o, after = state.read(q, fast_q, new)
             return self._merge(x, attended, o), after if use_cache else None, None
 
         state = None if state is None else state.settle()
+        if layout.packed:  # projections and MLP have no padding; window and chunks see one document a row
+            q, fast_q, new = layout.to_rows(q), layout.to_rows(fast_q, 2), new.map(layout.to_rows)
         if state is None or bool((start == start[0]).all()):
             attended, o, trace = self._read_sequences(q, fast_q, new, state, start)
         elif state_stride is None:
-            return self._read_apart(x, state, lengths, use_cache)
+            return self._read_apart(x, state, layout, use_cache)
         else:
             raise ValueError("state_stride needs rows that have read equally many tokens")
+        if layout.packed:
+            attended, o = layout.to_packed(attended), layout.to_packed(o, 2)
         after = None
         if use_cache:
-            rows = torch.arange(len(x), device=x.device)
-            read = torch.full_like(start, x.shape[1]) if lengths is None else lengths
-            after = trace.gather(rows, read).settle()
+            after = trace.gather(torch.arange(len(read), device=x.device), read).settle()
         return self._merge(x, attended, o), after, trace if state_stride is not None else None
 
     def _read_sequences(self, q, fast_q, new, state, start) -> tuple[torch.Tensor, torch.Tensor, LaCTTrace]:
@@ -230,13 +239,13 @@ class LaCTAttention(nn.Module):
         memory = LaCTMemory(everything, stack, norms, window_origin, chunk_origin)
         return attended, o.unflatten(0, (batch, heads)), LaCTTrace(memory, self.settings, start)
 
-    def _read_apart(self, x, state, lengths, use_cache):
+    def _read_apart(self, x, state, layout, use_cache):
         """Many tokens for rows that have read differently many: those that agree go together."""
         parts, order, outputs = [], [], []
         for start in state.position.unique().tolist():
             rows = (state.position == start).nonzero()[:, 0]
-            length = None if lengths is None else lengths[rows]
-            y, after, _ = self(x[rows], state.select(rows), length, use_cache)
+            alike = PLAIN if layout.lengths is None else BatchLayout(layout.lengths[rows])
+            y, after, _ = self(x[rows], state.select(rows), alike, use_cache)
             order.append(rows)
             outputs.append(y)
             parts.append(after)
@@ -290,7 +299,7 @@ class LaCTAttention(nn.Module):
     def _merge(self, x: torch.Tensor, attended: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
         """[B, T, hidden] of the attention's output [B, T, heads, head_dim] and the fast weights' [B, H, T, D]."""
         gate = None if self.ttt_scale_proj is None else self.ttt_scale_proj(x)
-        y = lact_finish(o, attended.flatten(-2), self.ttt_norm.weight, gate, eps=NORM_EPS)
+        y = lact_finish(o, attended.flatten(-2), plain_weight(self.ttt_norm), gate, eps=NORM_EPS)
         return self.o_proj(y)
 
 
@@ -323,8 +332,28 @@ def join_states(parts: list[LaCTLayerState], order: torch.Tensor) -> LaCTLayerSt
     return LaCTLayerState(memory, parts[0].settings, None, position)
 
 
+class LaCTModel(FastWeightModel):
+    """LaCT without a head. See :class:`FastWeightModel` for what ``forward`` takes."""
+
+    config_class = LaCTConfig
+    mixers: ClassVar = {"linear_attention": LaCTAttention}
+
+
+@register_model(
+    "lact",
+    tiny={
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attn_heads": 4,
+        "num_lact_heads": 2,
+        "lact_chunk_size": 256,
+        "window_size": 128,
+        "w0_w2_low_rank": 16,
+        "intermediate_size": 384,
+    },
+)
 class LaCTForCausalLM(FastWeightForCausalLM):
     """LaCT with a language-model head. See :class:`FastWeightForCausalLM` for what ``forward`` takes."""
 
     config_class = LaCTConfig
-    attention_class = LaCTAttention
+    body_class = LaCTModel

@@ -13,6 +13,7 @@ The update waits for the first token behind the chunk, as in the full forward.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
 
@@ -96,6 +97,9 @@ class LaCTLayerState:
     own: LaCTTokens | None = None  # [N, s, ...], read since the state left its memory
     crossed: LaCTWeights | None = None  # [M, H, size], of the rows that have passed a chunk's end since
     crossed_slot: torch.Tensor | None = None  # [N] index into ``crossed``, -1: none
+
+    fixed_size: ClassVar[bool] = True  # a window and an open chunk at most
+    graph_capturable: ClassVar[bool] = False  # it looks which rows cross a chunk's end
 
     def select(self, rows: torch.Tensor) -> LaCTLayerState:
         """The states of ``rows``, sharing this one's memory."""

@@ -2,63 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.utils import CONFIG_NAME
+from transformers import PretrainedConfig
+from transformers.utils import CONFIG_NAME, logging
 
 from refine.models.causal_lm import FastWeightForCausalLM
-from refine.models.delta_net import DeltaNetForCausalLM
-from refine.models.gated_delta_net import GatedDeltaNetForCausalLM
 from refine.models.initialization import mimetic_init_
-from refine.models.lact import LaCTForCausalLM
+from refine.models.registry import MODELS, resolve_type
 
-MODELS: dict[str, type[FastWeightForCausalLM]] = {
-    model.config_class.model_type: model
-    for model in (DeltaNetForCausalLM, GatedDeltaNetForCausalLM, LaCTForCausalLM)
-}
-SHORT_NAMES = {
-    "lact": "lact_swiglu",
-    "gated_delta_net": "gated_deltanet",
-}  # what else a new model may be called
-
-
-def register_auto_classes() -> None:
-    """Make ``AutoConfig`` and ``AutoModelForCausalLM`` find these models."""
-    for model_type, model in MODELS.items():
-        AutoConfig.register(model_type, model.config_class, exist_ok=True)
-        AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+LOADING_OPTIONS = frozenset(
+    {"dtype", "revision", "subfolder", "token", "device_map", "use_safetensors", "cache_dir"}
+)
 
 
 def load_model(path_or_name: str | Path, **overrides) -> FastWeightForCausalLM:
-    """Load DeltaNet, Gated DeltaNet or LaCT from a local folder or a hub name.
+    """Load a registered model (:data:`MODELS`) from a local folder or a hub name.
 
     Args:
         path_or_name: a folder with ``config.json`` and safetensors weights, or a hub name.
-        **overrides: ``dtype`` (default: the checkpoint's), ``revision``, ``subfolder``, ``token``,
-            ``device_map``, ``use_safetensors`` (default True: no pickle is read unless you say otherwise),
-            as for ``from_pretrained``; any other key overrides one of the configuration.
+        **overrides: ``dtype`` or ``torch_dtype`` (default: the checkpoint's), ``revision``, ``subfolder``,
+            ``token``, ``cache_dir``, ``device_map``, ``use_safetensors`` (default True: no pickle unless you
+            say otherwise), as for ``from_pretrained``; any other key overrides one of the configuration.
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: an unsupported ``model_type`` or configuration value, an unknown override, or weights
-            that are missing or unknown (they are listed).
+        ValueError: an unsupported ``model_type`` or configuration value, an unknown override (the nearest name is
+            said), or weights that are missing or unknown (they are listed).
     """
-    passed_on = {"dtype", "revision", "subfolder", "token", "device_map", "use_safetensors", "cache_dir"}
-    loading = {key: overrides.pop(key) for key in passed_on & overrides.keys()}
+    if "torch_dtype" in overrides:  # its older name in transformers
+        if overrides.get("dtype", overrides["torch_dtype"]) != overrides["torch_dtype"]:
+            raise ValueError("load_model: give dtype or torch_dtype, not both")
+        overrides["dtype"] = overrides.pop("torch_dtype")
+    loading = {key: overrides.pop(key) for key in LOADING_OPTIONS & overrides.keys()}
     where = {key: loading[key] for key in ("revision", "subfolder", "token", "cache_dir") if key in loading}
     model_type, keys = _read_config(path_or_name, where)
     model_class = MODELS[model_type]
-    default = model_class.config_class()
-    if unknown := sorted(key for key in overrides if not hasattr(default, key)):
-        raise ValueError(f"load_model: {unknown[0]!r} is no setting of {model_type} and no loading option")
-    config = model_class.config_class.from_dict(keys | overrides)
+    config_class = model_class.config_class
+    config_class.check_settings(overrides, "load_model", also=LOADING_OPTIONS)
+    config = config_class.from_dict(keys | overrides)
     loading.setdefault("dtype", "auto")
     loading.setdefault("use_safetensors", True)
-    model, info = model_class.from_pretrained(
-        path_or_name, config=config, output_loading_info=True, **loading
-    )
+    with _without_report():  # it is told here
+        model, info = model_class.from_pretrained(
+            path_or_name, config=config, output_loading_info=True, **loading
+        )
+    info["unexpected_keys"] = _without_skipped(model, path_or_name, info["unexpected_keys"])
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(name) for name in info[kind])
         if config.tie_word_embeddings:
@@ -71,13 +64,42 @@ def load_model(path_or_name: str | Path, **overrides) -> FastWeightForCausalLM:
     return model
 
 
+def _without_skipped(model: FastWeightForCausalLM, path_or_name: str | Path, names) -> list[str]:
+    """The names but for those of parts that this model leaves in the checkpoint, which are told once."""
+    left: dict[str, int] = {}
+    rest = []
+    for name in map(str, names):
+        part = next((part for prefix, part in model.skipped_weights.items() if name.startswith(prefix)), None)
+        if part is None:
+            rest.append(name)
+        else:
+            left[part] = left.get(part, 0) + 1
+    if left:
+        parts = " and ".join(f"{part} ({count} tensors)" for part, count in sorted(left.items()))
+        warnings.warn(f"{path_or_name}: only the language model is loaded, not {parts}", stacklevel=3)
+        model.left_in_checkpoint = (str(path_or_name), parts)
+    return rest
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """``transformers`` prints a table of names when it loads; errors are still printed."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def new_model(
     model_type: str, *, seed: int = 0, mimetic_init: bool = False, **settings
 ) -> FastWeightForCausalLM:
     """A freshly initialised model of the given type.
 
     Args:
-        model_type: ``delta_net``, ``gated_deltanet`` or ``lact_swiglu`` (``lact`` for short).
+        model_type: ``delta_net``, ``gated_deltanet``, ``lact_swiglu`` (``lact`` for short), ``qwen3_5``,
+            ``qwen3_5_moe``, ``qwen3_next`` or ``olmo_hybrid``.
         seed: of the random weights; torch's global generator is left as it is.
         mimetic_init: begin near in-context recall, see :mod:`refine.models.initialization`.
         **settings: of the model's configuration.
@@ -85,12 +107,15 @@ def new_model(
     Raises:
         ValueError: the type is none of ours, or a setting cannot be.
     """
-    given, model_type = model_type, SHORT_NAMES.get(model_type, model_type)
-    if model_type not in MODELS:
-        raise ValueError(f"model_type must be one of {', '.join(sorted(MODELS))}, got {given!r}")
+    model_type = resolve_type(model_type)
+    config_class = MODELS[model_type].config_class
+    config_class.check_settings(settings, "new_model")
+    dtype = settings.pop("torch_dtype", None)
+    if dtype is not None:
+        settings["dtype"] = dtype
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = MODELS[model_type](MODELS[model_type].config_class(**settings))
+        model = MODELS[model_type](config_class(**settings))
         return mimetic_init_(model) if mimetic_init else model
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from refine.finite import first_not_finite
+
 _SHARD = re.compile(r"optimizer-(\d+)-of-(\d+)\.pt")
 
 
@@ -24,15 +26,54 @@ def state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
         names[parameter]: {key: _local(value) for key, value in values.items()}
         for parameter, values in optimizer.state.items()
     }
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    groups = [
+        {k: v for k, v in group.items() if k != "params"} | {"names": [names[p] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
     return {"groups": groups, "state": state}
 
 
-def load_state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Put back what :func:`state_by_name` gave without sharding; each rank of FSDP2 takes its own part."""
-    for group, settings in zip(optimizer.param_groups, saved["groups"]):
-        group.update(settings)
-    for name, parameter in model.named_parameters():
+def load_state_by_name(
+    model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any], updates: int
+) -> None:
+    """Put back what :func:`state_by_name` gave without sharding; each rank of FSDP2 takes its own part.
+
+    Settings of the groups (rates, betas, decay) stay those of ``optimizer``.
+
+    Args:
+        updates: that the saved state has seen; with any, it cannot be empty.
+
+    Raises:
+        ValueError: a name, shape or number that does not fit; nothing is changed.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group, other in zip(optimizer.param_groups, saved["groups"], strict=True):
+        ours = [names[p] for p in group["params"]]
+        theirs = other.get("names", ours)  # earlier versions did not write them
+        if ours != theirs:
+            odd = sorted(set(ours) ^ set(theirs)) or ["the order of the parameters"]
+            raise ValueError(f"{odd[0]} is in one of the two alone")
+    parameters = dict(model.named_parameters())
+    for name, values in saved["state"].items():
+        if name not in parameters:
+            raise ValueError(f"the model has no parameter {name!r}")
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameters[name].shape:
+                raise ValueError(
+                    f"{key} of {name} has shape {tuple(value.shape)}, the parameter {tuple(parameters[name].shape)}"
+                )
+    if updates > 0 and not saved["state"]:
+        raise ValueError(f"it is empty after {updates} updates")
+    if broken := first_not_finite(
+        {
+            f"{key} of {name}": value
+            for name, values in saved["state"].items()
+            for key, value in values.items()
+            if isinstance(value, torch.Tensor)
+        }
+    ):
+        raise ValueError(f"{broken} is not finite")
+    for name, parameter in parameters.items():
         if name in saved["state"]:
             optimizer.state[parameter] = {
                 key: _like(parameter, value) for key, value in saved["state"][name].items()

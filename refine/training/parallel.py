@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from refine.method.relay import Relay
+from refine.method import ContextParallel
 
 MODES = ("none", "ddp", "fsdp2", "context")
 
@@ -76,9 +76,9 @@ class World:
         return (0, 1) if self.mode == "context" else (self.rank, self.size)
 
     @property
-    def relay(self) -> Relay | None:
+    def relay(self) -> ContextParallel | None:
         """How this process hands a document on, where processes share documents."""
-        return Relay(self.rank, self.size) if self.mode == "context" and self.size > 1 else None
+        return ContextParallel(self.rank, self.size) if self.mode == "context" and self.size > 1 else None
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -103,6 +103,11 @@ def join_world(mode: str, device: torch.device) -> World:
     """
     if mode not in MODES:
         raise ValueError(f"parallel must be one of {', '.join(MODES)}, got {mode!r}")
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        if not os.environ.get(name, "0").isdigit():
+            raise ValueError(
+                f"the environment variable {name} must be a whole number, it is {os.environ[name]!r}"
+            )
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if mode == "none":
         if size > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from refine.pictures import import_pyplot
 from refine.training.tracking import read_metrics
 
 _INK, _PALE, _SECOND = "#1f4e79", "#9dbbd8", "#c0504d"
@@ -12,20 +13,19 @@ _INK, _PALE, _SECOND = "#1f4e79", "#9dbbd8", "#c0504d"
 def draw_plots(output_dir: Path) -> list[Path]:
     """Draw ``loss.png`` and, where there were rollouts, ``reward.png``; returns what was drawn.
 
-    Without matplotlib nothing is drawn and the list is empty.
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: a picture cannot be written.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return []
+    plt = import_pyplot()
     lines = read_metrics(output_dir / "metrics.jsonl")
     drawn = []
+    reward = ("reward", "cosine", "eval_cosine", "cosine reward of rollouts")
+    if not any("cosine" in line for line in lines):  # phase grpo
+        reward = ("reward", "reward", "eval_reward", "reward of completions")
     for name, train_key, eval_key, label in (
         ("loss", "ntp_loss", "eval_loss", "next-token loss (nats)"),
-        ("reward", "cosine", "eval_cosine", "cosine reward of rollouts"),
+        reward,
     ):
         train = [(line["step"], line[train_key]) for line in lines if line.get(train_key) is not None]
         held_out = [(line["step"], line[eval_key]) for line in lines if line.get(eval_key) is not None]

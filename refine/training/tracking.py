@@ -1,14 +1,20 @@
-"""What a run leaves to look at: metrics.jsonl, rollout samples, TensorBoard and Weights & Biases."""
+"""What a run leaves to look at: metrics.jsonl, rollout samples, TensorBoard and Weights & Biases.
+
+None of it is worth a run: where it cannot be written, that is said once, and the run goes on.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from refine.training.settings import SettingsError
+from refine.files import why
+from refine.settings import SettingsError
 
 
 class Tracker:
@@ -20,7 +26,9 @@ class Tracker:
         run_name: shown by the reporters.
         settings: logged once with the reporters.
         step: lines after this step are dropped first, so that a resumed run has no line twice.
+        closed: the run had come to its end at ``step``: its closing evaluation is made again, and dropped too.
 
+    A line of the file that is none of ours is set aside in ``metrics.jsonl.broken``; no other is lost for it.
     """
 
     def __init__(
@@ -30,13 +38,26 @@ class Tracker:
         run_name: str | None,
         settings: dict[str, Any],
         step: int,
+        closed: bool = False,
     ):
         self.path = output_dir / "metrics.jsonl"
-        kept = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= step]
+        self._waiting = b""  # what could not be written yet
+        self._warned: set[str] = set()
+        lines, broken = _split(self.path)
+        if broken:
+            with self.path.with_name(f"{self.path.name}.broken").open("ab") as file:
+                file.write(b"".join(text + b"\n" for text in broken))
+            print(f"{len(broken)} broken lines of {self.path} are set aside in {self.path.name}.broken")
+        kept = [
+            json.dumps(line) + "\n"
+            for line in lines
+            if line["step"] < step
+            or (line["step"] == step and not (closed and any(key.startswith("eval_") for key in line)))
+        ]
         whole = self.path.with_name(self.path.name + ".partial")  # a crash here must not lose a line
         whole.write_text("".join(kept), encoding="utf-8")
         whole.replace(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
         self._tensorboard = self._wandb = None
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter
@@ -48,24 +69,45 @@ class Tracker:
             self._wandb = wandb.init(project="refine", name=run_name, config=settings, dir=str(output_dir))
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """One line; a value that is not finite is written as null, so that every line is valid JSON."""
+        """One line; a value that is not finite is written as null, so that every line is valid JSON. Where the
+        disk is full the lines wait for the next call."""
         line = {"step": step} | {name: _plain(value) for name, value in metrics.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps(line).encode() + b"\n"
+        self.attempt("metrics", self._write)
         numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}
         if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
+            self.attempt("tensorboard", lambda: self._to_tensorboard(numbers, step))
         if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+            self.attempt("wandb", lambda: self._wandb.log(numbers, step=step))
+
+    def attempt(self, what: str, write: Callable[[], Any]) -> Any:
+        """Do something that is not worth the run: an error is said once, and None is returned."""
+        try:
+            return write()
+        except Exception as error:
+            if what not in self._warned:
+                print(
+                    f"{what}: not written ({why(error, self.path.parent)}); the run goes on", file=sys.stderr
+                )
+                self._warned.add(what)
+            return None
 
     def close(self) -> None:
         """Flush and close everything."""
-        self._file.close()
+        self.attempt("metrics", self._write)
+        self.attempt("metrics", self._file.close)
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            self.attempt("tensorboard", self._tensorboard.close)
         if self._wandb is not None:
-            self._wandb.finish()
+            self.attempt("wandb", self._wandb.finish)
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
+    def _to_tensorboard(self, numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self._tensorboard.add_scalar(name, value, step)
 
 
 def check_reporters(report_to: list[str]) -> None:
@@ -80,15 +122,27 @@ def check_reporters(report_to: list[str]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, in order; a last line torn by a crash is left out."""
-    lines = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-    return lines
+    """The lines of a metrics file, in order; what is none is left out."""
+    return _split(path)[0]
+
+
+def _split(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """The lines of a metrics file, and what else stands in it; a last line that a crash has torn is neither."""
+    if not path.is_file():
+        return [], []
+    lines: list[dict[str, Any]] = []
+    broken: list[bytes] = []
+    pieces = path.read_bytes().split(b"\n")
+    for number, text in enumerate(pieces, 1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line["step"], int) or isinstance(line["step"], bool):
+                raise ValueError
+            lines.append(line)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if text.strip() and number < len(pieces):
+                broken.append(text)
+    return lines, broken
 
 
 def write_samples(folder: Path, step: int, batch, output, tokenizer, context_tokens: int = 40) -> None:
@@ -106,8 +160,8 @@ def write_samples(folder: Path, step: int, batch, output, tokenizer, context_tok
     ids, (_, c, n, k) = batch[0].tolist(), output.rollouts.shape
     order = output.rewards[0].flatten().argsort(descending=True).tolist()
     blocks = [f"step {step}: {c * n} rollouts of at most {k} tokens\n"]
-    for rank in order:
-        j, r = divmod(rank, n)
+    for place in order:
+        j, r = divmod(place, n)
         p, count = int(output.positions[0, j]), int(output.rollout_lengths[0, j, r])
         blocks.append(
             f"--- position {p}  reward {output.rewards[0, j, r]:.4f}  advantage {output.advantages[0, j, r]:+.2f}\n"
@@ -115,7 +169,8 @@ def write_samples(folder: Path, step: int, batch, output, tokenizer, context_tok
             f"rollout : {tokenizer.decode(output.rollouts[0, j, r, :count].tolist())!r}\n"
             f"truth   : {tokenizer.decode(ids[p : p + count])!r}\n"
         )
-    (folder / f"step-{step:06d}.txt").write_text("\n".join(blocks), encoding="utf-8")
+    text = "\n".join(blocks)
+    (folder / f"step-{step:06d}.txt").write_text(text, encoding="utf-8", errors="replace")
 
 
 def _plain(value: Any) -> Any:

@@ -39,6 +39,7 @@ from itertools import pairwise
 import torch
 
 from refine_kernels.delta_rule.reference import L2_NORM_EPS
+from refine_kernels.precision import accumulation_dtype
 
 CHUNK = 32  # tokens of a chunk; what is left at a sequence's end is a shorter chunk of its own
 SEGMENT_BLOCKS = 64  # blocks (chunks * rows * heads) worked on at a time, but never less than two chunks
@@ -47,10 +48,10 @@ SEGMENT_BLOCKS = 64  # blocks (chunks * rows * heads) worked on at a time, but n
 def forward(
     q: torch.Tensor,  # [B, T, H, K]
     k: torch.Tensor,  # [B, T, H, K]
-    v: torch.Tensor,  # [B, T, H, V]
-    beta: torch.Tensor,  # [B, T, H]
-    g: torch.Tensor | None,  # [B, T, H]
-    initial_state: torch.Tensor | None,  # [N, H, K, V]
+    v: torch.Tensor,  # [B, T, HV, V]
+    beta: torch.Tensor,  # [B, T, HV]
+    g: torch.Tensor | None,  # [B, T, HV]
+    initial_state: torch.Tensor | None,  # [N, HV, K, V]
     cu_seqlens: torch.Tensor | None,  # [N + 1]
     scale: float,
     l2norm: bool,
@@ -62,18 +63,18 @@ def forward(
     states).
 
     Returns:
-        o: [B, T, H, V] in q's dtype.
-        final_state: [N, H, K, V]; states: [N, ceil(longest / state_stride), H, K, V].
-        checkpoints: [checkpoint_count, B, H, K, V], the states that ``backward`` starts its segments from.
+        o: [B, T, HV, V] in q's dtype.
+        final_state: [N, HV, K, V]; states: [N, ceil(longest / state_stride), HV, K, V].
+        checkpoints: [checkpoint_count, B, HV, K, V], the states that ``backward`` starts its segments from.
         kept: [kept_count], what else ``backward`` wants to be handed: nothing here.
     """
-    (b, _, h, kd), vd = q.shape, v.shape[-1]
+    (b, _, h, vd), kd = v.shape, q.shape[-1]
     sequences = _sequences(q, cu_seqlens)
     o = q.new_empty(v.shape)
-    new_states = q.new_empty(0, dtype=_compute_dtype(q)).new_zeros
+    new_states = q.new_empty(0, dtype=accumulation_dtype(q)).new_zeros
     most = -(-max(end - begin for begin, end, _ in sequences) // state_stride) if state_stride else 0
     states = new_states(b if cu_seqlens is None else len(sequences), most, h, kd, vd)
-    checkpoints = new_states(checkpoint_count(q, cu_seqlens) if for_backward else 0, b, h, kd, vd)
+    checkpoints = new_states(checkpoint_count(v, cu_seqlens) if for_backward else 0, b, h, kd, vd)
     unused = iter(checkpoints)
 
     finals = []
@@ -104,36 +105,37 @@ def forward(
 def backward(
     q: torch.Tensor,  # [B, T, H, K]
     k: torch.Tensor,  # [B, T, H, K]
-    v: torch.Tensor,  # [B, T, H, V]
-    beta: torch.Tensor,  # [B, T, H]
-    g: torch.Tensor | None,  # [B, T, H]
-    initial_state: torch.Tensor | None,  # [N, H, K, V]
+    v: torch.Tensor,  # [B, T, HV, V]
+    beta: torch.Tensor,  # [B, T, HV]
+    g: torch.Tensor | None,  # [B, T, HV]
+    initial_state: torch.Tensor | None,  # [N, HV, K, V]
     cu_seqlens: torch.Tensor | None,  # [N + 1]
-    checkpoints: torch.Tensor,  # [checkpoint_count, B, H, K, V]
+    checkpoints: torch.Tensor,  # [checkpoint_count, B, HV, K, V]
     kept: torch.Tensor,  # [kept_count]
     o: torch.Tensor | None,
-    d_o: torch.Tensor | None,  # [B, T, H, V]
-    d_final: torch.Tensor | None,  # [N, H, K, V]
-    d_states: torch.Tensor | None,  # [N, ceil(longest / state_stride), H, K, V]
+    d_o: torch.Tensor | None,  # [B, T, HV, V]
+    d_final: torch.Tensor | None,  # [N, HV, K, V]
+    d_states: torch.Tensor | None,  # [N, ceil(longest / state_stride), HV, K, V]
     scale: float,
     l2norm: bool,
     state_stride: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v, beta, g (length 0 without g) and of the initial state [N, H, K, V]."""
-    (b, _, h, kd), vd = q.shape, v.shape[-1]
+    """Gradients of q, k, v, beta, g (length 0 without g) and of the initial state [N, HV, K, V]."""
+    (b, _, h, vd), kd = v.shape, q.shape[-1]
     dq, dk, dv, dbeta = (x.new_empty(x.shape) for x in (q, k, v, beta))
     dg = q.new_empty(0) if g is None else g.new_empty(g.shape)
     if d_o is None:
         d_o = q.new_zeros(()).expand(v.shape)
-    new_zeros = q.new_empty(0, dtype=_compute_dtype(q)).new_zeros
+    new_zeros = q.new_empty(0, dtype=accumulation_dtype(q)).new_zeros
 
-    kept, d_initial = 0, []
+    used, d_initial = 0, []
     for begin, end, owner in _sequences(q, cu_seqlens):
         initial = new_zeros(b * h, kd, vd) if initial_state is None else _state_of(initial_state, owner, q)
         d_state = None if d_final is None else _state_of(d_final, owner, q)
         segments = list(_segments(begin, end, b * h))
-        first_kept, kept = kept, kept + max(len(segments) - 1, 0)
-        starts = [initial, *checkpoints[first_kept:kept].flatten(1, 2)]
+        more = max(len(segments) - 1, 0)
+        starts = [initial, *checkpoints[used : used + more].flatten(1, 2)]
+        used += more
         for (start, n, c), state in reversed(list(zip(segments, starts))):
             tokens = slice(start, start + n * c)
             seg = _prepare(*(x if x is None else x[:, tokens] for x in (q, k, v, beta, g)), c, scale, l2norm)
@@ -156,10 +158,10 @@ def backward(
     return dq, dk, dv, dbeta, dg, d_initial.view(-1, h, kd, vd)
 
 
-def checkpoint_count(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:  # [B, T, H, K], [N + 1]
+def checkpoint_count(v: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:  # [B, T, HV, V], [N + 1]
     """Room for the states that ``forward`` keeps. Exact for whole rows; for packed sequences, each of which
     can add one short segment, a bound that needs no look at the data."""
-    tokens, most = q.shape[1], _longest(q.shape[0] * q.shape[2])
+    tokens, most = v.shape[1], _longest(v.shape[0] * v.shape[2])
     whole, chunks = tokens // CHUNK, -(-tokens // CHUNK)
     if cu_seqlens is None:
         return -(-whole // most) + (chunks - whole) - 1
@@ -184,7 +186,7 @@ def _sequences(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[tuple[i
 
 
 def _longest(blocks: int) -> int:
-    """The most chunks of a segment, for ``blocks`` = rows * heads."""
+    """The most chunks of a segment, for ``blocks`` = rows * value heads."""
     return max(2, SEGMENT_BLOCKS // max(1, blocks))
 
 
@@ -206,14 +208,10 @@ def _boundaries(token: int, n: int, state_stride: int) -> tuple[int, int, int]:
     return -token % state_stride // CHUNK, state_stride // CHUNK, -(-token // state_stride)
 
 
-def _compute_dtype(q: torch.Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 def _state_of(
     states: torch.Tensor, owner: slice, q: torch.Tensor
-) -> torch.Tensor:  # [N, H, K, V] -> [B * H, K, V]
-    return states[owner].to(_compute_dtype(q)).reshape(-1, *states.shape[-2:])
+) -> torch.Tensor:  # [N, HV, K, V] -> [B * HV, K, V]
+    return states[owner].to(accumulation_dtype(q)).reshape(-1, *states.shape[-2:])
 
 
 def _by_chunk(x: torch.Tensor, c: int) -> torch.Tensor:  # [B, n * C, H, ...] -> [n, B, H, C, ...], a view
@@ -221,19 +219,24 @@ def _by_chunk(x: torch.Tensor, c: int) -> torch.Tensor:  # [B, n * C, H, ...] ->
     return x.view(b, t // c, c, h, *rest).permute(1, 0, 3, 2, *range(4, x.dim() + 1))
 
 
-def _load(
-    x: torch.Tensor, out: torch.Tensor
-) -> torch.Tensor:  # [B, n * C, H, ...] -> out [n * B * H, C, ...]
+def _per_key_head(blocks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[n * B * HV, C, ...] -> [n, B, H, G, C, ...], a view, for ``like`` [n, B, H, C, ...]."""
+    n, b, h = like.shape[:3]
+    return blocks.view(n, b, h, blocks.shape[0] // max(n * b * h, 1), *like.shape[3:])
+
+
+def _load(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """[B, n * C, H, ...] -> out [n * B * HV, C, ...]; what a key head has goes to all of its value heads."""
     view = _by_chunk(x, out.shape[1])
-    out.view(view.shape).copy_(view)
+    _per_key_head(out, view).copy_(view.unsqueeze(3))
     return out
 
 
-def _store(
-    x: torch.Tensor, out: torch.Tensor, c: int
-) -> None:  # [n * B * H, C, ...] -> out [B, n * C, H, ...]
+def _store(x: torch.Tensor, out: torch.Tensor, c: int) -> None:
+    """[n * B * HV, C, ...] -> out [B, n * C, H, ...]; over a key head's value heads it is a sum."""
     view = _by_chunk(out, c)
-    view.copy_(x.view(view.shape))
+    x = _per_key_head(x, view)
+    view.copy_(x.squeeze(3) if x.shape[3] == 1 else x.sum(3))
 
 
 def _steps(
@@ -243,7 +246,7 @@ def _steps(
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The mathematics of one segment: m = chunks * B * H blocks
+# The mathematics of one segment: m = chunks * B * HV blocks
 
 
 @dataclass
@@ -281,16 +284,16 @@ class _Segment:
 def _prepare(
     q: torch.Tensor,  # [B, n * C, H, K]
     k: torch.Tensor,  # [B, n * C, H, K]
-    v: torch.Tensor,  # [B, n * C, H, V]
-    beta: torch.Tensor,  # [B, n * C, H]
-    g: torch.Tensor | None,  # [B, n * C, H]
+    v: torch.Tensor,  # [B, n * C, HV, V]
+    beta: torch.Tensor,  # [B, n * C, HV]
+    g: torch.Tensor | None,  # [B, n * C, HV]
     c: int,
     scale: float,
     l2norm: bool,
 ) -> _Segment:
-    b, t, h, kd = q.shape
-    m = b * h * (t // c)
-    new = q.new_empty(0, dtype=_compute_dtype(q)).new_empty
+    b, t, h, _ = v.shape
+    m, kd = b * h * (t // c), q.shape[-1]
+    new = q.new_empty(0, dtype=accumulation_dtype(q)).new_empty
     x, norms = new(m, 2 * c, kd), None
     _load(q, x[:, :c])
     _load(k, x[:, c:])
@@ -326,12 +329,12 @@ def _prepare(
 
 def _scan(
     seg: _Segment,
-    state: torch.Tensor,  # [B * H, K, V]
+    state: torch.Tensor,  # [B * HV, K, V]
     n: int,
     want_after: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Through the n chunks: R [m, C, V], U [m, C, V], the states before each [m, K, V] and after all
-    [B * H, K, V] (not brought up to date unless wanted). R takes the place of ``seg.v``."""
+    [B * HV, K, V] (not brought up to date unless wanted). R takes the place of ``seg.v``."""
     r, u = seg.v, torch.empty_like(seg.v)
     before = state if n == 1 else state.new_empty(n, *state.shape)
     slots = (None,)
@@ -355,11 +358,11 @@ def _scan(
 
 
 def _advance(
-    state: torch.Tensor,  # [B * H, K, V]
-    through: torch.Tensor | None,  # [B * H, 1, 1]
-    a: torch.Tensor,  # [B * H, K, C]
-    b: torch.Tensor,  # [B * H, C, V]
-    out: torch.Tensor | None,  # [B * H, K, V]
+    state: torch.Tensor,  # [B * HV, K, V]
+    through: torch.Tensor | None,  # [B * HV, 1, 1]
+    a: torch.Tensor,  # [B * HV, K, C]
+    b: torch.Tensor,  # [B * HV, C, V]
+    out: torch.Tensor | None,  # [B * HV, K, V]
 ) -> torch.Tensor:
     """``through * state + a b``, into ``out`` or a new tensor; ``state`` is not written."""
     if through is not None:
@@ -369,10 +372,10 @@ def _advance(
 
 def _gradients(
     seg: _Segment,
-    state: torch.Tensor,  # [B * H, K, V] before the segment
-    d_o: torch.Tensor,  # [B, n * C, H, V]
-    d_state: torch.Tensor | None,  # [B * H, K, V] of the state after the segment; None for zero
-    d_before: list[torch.Tensor | None],  # n of [B * H, K, V], to be added before each chunk
+    state: torch.Tensor,  # [B * HV, K, V] before the segment
+    d_o: torch.Tensor,  # [B, n * C, HV, V]
+    d_state: torch.Tensor | None,  # [B * HV, K, V] of the state after the segment; None for zero
+    d_before: list[torch.Tensor | None],  # n of [B * HV, K, V], to be added before each chunk
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Gradients of x [m, 2C, K], v [m, C, V], beta [m, C], G [m, C] and the state before the segment."""
     n, (m, c, vd) = len(d_before), seg.v.shape

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
+from refine_kernels.custom_op import custom_op, differentiate
 from refine_kernels.delta_rule import checks, recurrent, reference
 from refine_kernels.dispatch import choose_backend
+from refine_kernels.precision import accumulation_dtype, autocast, no_autocast
 
 # backend -> a module with forward, backward and checkpoint_count, imported when it is first asked for: one
 # may do without Triton
@@ -17,24 +20,23 @@ IMPLEMENTATIONS = {
     "torch": "refine_kernels.delta_rule.chunked",
     "triton": "refine_kernels.delta_rule.triton_chunk",
 }
-CHUNK_BACKENDS = ("reference", *IMPLEMENTATIONS)
-RECURRENT_BACKENDS = ("reference", "torch", "triton")
 
 
 def chunk_delta_rule(
     q: torch.Tensor,  # [B, T, H, K]
     k: torch.Tensor,  # [B, T, H, K]
-    v: torch.Tensor,  # [B, T, H, V]
-    beta: torch.Tensor,  # [B, T, H]
+    v: torch.Tensor,  # [B, T, HV, V]
+    beta: torch.Tensor,  # [B, T, HV]
     scale: float | None = None,
-    initial_state: torch.Tensor | None = None,  # [N, H, K, V]
+    initial_state: torch.Tensor | None = None,  # [N, HV, K, V]
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens: torch.Tensor | None = None,  # [N + 1]
+    cu_seqlens: torch.Tensor | Sequence[int] | None = None,  # [N + 1]
     cu_seqlens_cpu: torch.Tensor | None = None,  # [N + 1]
     *,
-    g: torch.Tensor | None = None,  # [B, T, H]
+    g: torch.Tensor | None = None,  # [B, T, HV]
     state_stride: int | None = None,
+    chunk_size: int | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """The delta rule (DeltaNet) and, with ``g``, the gated delta rule (Gated DeltaNet) over whole sequences.
@@ -45,55 +47,63 @@ def chunk_delta_rule(
 
     Differentiable in q, k, v, beta, g and ``initial_state``, from the outputs, the final state and the states
     at strides alike. Arithmetic is float32 (float64 for float64 inputs); nothing but the inputs and a few
-    states is kept for the backward. There is no second derivative.
+    states is kept for the backward.
 
     Args:
         q, k: queries and keys ``[B, T, H, K]``, K at most 256; float32, bfloat16, float16 or float64.
-        v: values ``[B, T, H, V]``, V at most 256, of q's dtype.
-        beta: writing strengths ``[B, T, H]``, any float dtype.
-        g: log-decays ``[B, T, H]``, at most 0, any float dtype; ``None`` for the plain delta rule.
+        v: values ``[B, T, HV, V]``, V at most 256, of q's dtype. HV is a multiple of H: value heads
+            ``j HV / H`` up to ``(j + 1) HV / H`` share the queries and keys of head j, of which no copy is made.
+        beta: writing strengths ``[B, T, HV]``, any float dtype.
+        g: log-decays ``[B, T, HV]``, any float dtype, -inf allowed; ``None`` for the plain delta rule.
         scale: factor on the outputs, ``K ** -0.5`` by default.
-        initial_state: ``[N, H, K, V]`` float32 (or float64 with float64 inputs), N = B, or the number of
-            packed sequences; zeros by default.
+        initial_state: ``[N, HV, K, V]`` of any float dtype, used in that of the arithmetic; N = B, or the number
+            of packed sequences; zeros by default.
         output_final_state: also return the state after the last token.
         state_stride: a multiple of 64: also return the states before tokens 0, s, 2s, ... of each sequence.
-        cu_seqlens: ``[N + 1]`` integers from 0 to T: B = 1 and sequence n is tokens ``cu_seqlens[n]`` up to
-            ``cu_seqlens[n + 1]``. Sequences do not see one another; an empty one passes its state on.
-        cu_seqlens_cpu: the same numbers on the CPU, where they are at hand; only looked at for agreement in length.
+        cu_seqlens: ``[N + 1]`` integers from 0 to T, a tensor (int32 or int64) or a list: B = 1 and sequence n is
+            tokens ``cu_seqlens[n]`` up to ``cu_seqlens[n + 1]``. Sequences do not see one another; an empty one
+            passes its state on.
+        cu_seqlens_cpu: the same numbers on the CPU, where they are at hand: they are checked without a wait for the
+            device.
         use_qk_l2norm_in_kernel: normalise q and k first: ``x / sqrt(sum x^2 + 1e-6)`` over the head.
-        backend: ``"triton"`` (not for float64), ``"torch"``, ``"reference"``, or ``None`` to choose by device.
+        chunk_size: accepted for fla's sake and not looked at: it changes no result.
+        backend: ``"triton"``, ``"torch"``, ``"reference"``, or ``None`` to choose by device. float64 is computed in
+            PyTorch whatever is asked for.
 
     Returns:
-        ``(o, final_state)``, with ``state_stride`` also ``states``: o ``[B, T, H, V]`` in q's dtype;
-        final_state ``[N, H, K, V]`` or ``None``; states ``[N, ceil(longest / state_stride), H, K, V]``, zero
+        ``(o, final_state)``, with ``state_stride`` also ``states``: o ``[B, T, HV, V]`` in q's dtype;
+        final_state ``[N, HV, K, V]`` or ``None``; states ``[N, ceil(longest / state_stride), HV, K, V]``, zero
         past a packed sequence's end. States are float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: an argument does not fit; the message names it, what was given and what is allowed.
+        NotImplementedError: forward-mode AD (``torch.func.jvp``).
 
     Under autocast q, k and v are brought to the autocast dtype, as a matrix product would. With both
     ``cu_seqlens`` and ``state_stride`` the number of states depends on data, and
     ``torch.compile(fullgraph=True)`` needs ``torch._dynamo.config.capture_dynamic_output_shape_ops = True``.
+    Of ``torch.func``, ``vmap`` works (row by row) and ``grad`` raises, as for every custom op of PyTorch; there is
+    no second derivative. A token that is not finite makes its own sequence not finite from its chunk on: tokens
+    before it in the chunk (32 or 64) too, for inside a chunk they meet it in products with zeros. Other
+    sequences, rows and heads keep every bit.
 
     The positional arguments and their order are those of ``fla.ops.delta_rule.chunk_delta_rule``.
 
     Sources: Yang et al., arXiv 2406.06484 (DeltaNet); Yang et al., arXiv 2412.06464 (Gated DeltaNet).
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     checks.check_inputs(q, k, v, beta, g)
-    checks.check_state_stride(state_stride)
-    if cu_seqlens is not None:
-        checks.check_cu_seqlens(cu_seqlens, q)
-    checks.check_cu_seqlens_cpu(cu_seqlens_cpu, cu_seqlens)
+    stride = checks.prepare_stride(state_stride)
+    cu_seqlens = checks.prepare_cu_seqlens(cu_seqlens, cu_seqlens_cpu, q, stride)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    checks.check_state(initial_state, rows, q, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    initial_state = checks.prepare_state(initial_state, rows, q, v)
+    scale = checks.prepare_scale(scale, q.shape[-1])
 
-    backend = _chunk_backend(backend, q)
+    backend = choose_backend(backend, accumulation_dtype(q), q, k, v, beta, g, initial_state)
     if backend == "reference":
         if cu_seqlens is not None:
-            checks.check_bounds(cu_seqlens, q.shape[1])
-        with _no_autocast(q):
+            checks.check_bounds(cu_seqlens, q.shape[1], needed=True)
+        with no_autocast(q):
             return reference.chunk_delta_rule(
                 q, k, v, beta, g=g, scale=scale, initial_state=initial_state,
                 output_final_state=output_final_state, state_stride=state_stride, cu_seqlens=cu_seqlens,
@@ -102,21 +112,21 @@ def chunk_delta_rule(
     for_backward = _needs_gradient(q, k, v, beta, g, initial_state)
     o, final_state, states, *_ = _chunk_op(
         q, k, v, beta, g, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel, output_final_state,
-        state_stride or 0, for_backward, backend,
+        stride, for_backward, backend,
     )  # fmt: skip
     final_state = final_state if output_final_state else None
-    return (o, final_state) if state_stride is None else (o, final_state, states)
+    return (o, final_state, states) if stride else (o, final_state)
 
 
 def recurrent_delta_rule(
     q: torch.Tensor,  # [B, T, H, K]
     k: torch.Tensor,  # [B, T, H, K]
-    v: torch.Tensor,  # [B, T, H, V]
-    beta: torch.Tensor,  # [B, T, H]
+    v: torch.Tensor,  # [B, T, HV, V]
+    beta: torch.Tensor,  # [B, T, HV]
     *,
-    g: torch.Tensor | None = None,  # [B, T, H]
+    g: torch.Tensor | None = None,  # [B, T, HV]
     scale: float | None = None,
-    initial_state: torch.Tensor | None = None,  # [N, H, K, V]
+    initial_state: torch.Tensor | None = None,  # [N, HV, K, V]
     state_indices: torch.Tensor | None = None,  # [B]
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
@@ -129,28 +139,28 @@ def recurrent_delta_rule(
     :func:`chunk_delta_rule`, whose arguments these are but for:
 
     Args:
-        initial_state: ``[N, H, K, V]``; N = B unless ``state_indices`` is given.
+        initial_state: ``[N, HV, K, V]``; N = B unless ``state_indices`` is given.
         state_indices: ``[B]`` integers in ``[0, N)``. The range is checked for CPU tensors, and elsewhere
             with ``REFINE_KERNELS_DEBUG=1`` (looking would wait for the device).
 
     Returns:
-        ``(o [B, T, H, V], final_state [B, H, K, V] or None)``.
+        ``(o [B, T, HV, V], final_state [B, HV, K, V] or None)``.
 
     Raises:
         ValueError: an argument does not fit; the message names it, what was given and what is allowed.
+        NotImplementedError: forward-mode AD (``torch.func.jvp``).
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     checks.check_inputs(q, k, v, beta, g)
-    if state_indices is None:
-        checks.check_state(initial_state, q.shape[0], q, v)
-    else:
+    if state_indices is not None:
         checks.check_indices(state_indices, initial_state, q)
-        checks.check_state(initial_state, initial_state.shape[0], q, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    rows = q.shape[0] if state_indices is None else initial_state.shape[0]
+    initial_state = checks.prepare_state(initial_state, rows, q, v)
+    scale = checks.prepare_scale(scale, q.shape[-1])
 
-    backend = choose_backend(backend, q, RECURRENT_BACKENDS)
+    backend = choose_backend(backend, accumulation_dtype(q), q, k, v, beta, g, initial_state)
     if backend == "reference":
-        with _no_autocast(q):
+        with no_autocast(q):
             return reference.recurrent_delta_rule(
                 q, k, v, beta, g=g, scale=scale, initial_state=initial_state, state_indices=state_indices,
                 output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
@@ -160,11 +170,9 @@ def recurrent_delta_rule(
             q, k, v, beta, g, initial_state, state_indices, scale, use_qk_l2norm_in_kernel, output_final_state
         )
         return o, final_state if output_final_state else None
-    if q.dtype == torch.float64 and backend == "triton":
-        backend = "torch"  # the chunk kernels have no float64
     state = initial_state if state_indices is None else initial_state.index_select(0, state_indices)
     if q.shape[1] == 1 and not torch.is_grad_enabled():
-        with _no_autocast(q):
+        with no_autocast(q):
             return recurrent.step(q, k, v, beta, g, state, scale, use_qk_l2norm_in_kernel, output_final_state)
     return chunk_delta_rule(
         q, k, v, beta, g=g, scale=scale, initial_state=state, output_final_state=output_final_state,
@@ -173,224 +181,162 @@ def recurrent_delta_rule(
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The custom ops. Forward returns (o, final_state, states, checkpoints, kept), what is not asked for with length 0;
-# the last two are the backward's own.
+# The custom ops. A backend's ``forward`` and ``backward`` take the fields of ``Call`` and ``BackwardCall`` in
+# order, without the backend's name.
 
 
-@torch.library.custom_op("refine_kernels::chunk_delta_rule", mutates_args=())
-def _chunk_op(
-    q: torch.Tensor,  # [B, T, H, K]
-    k: torch.Tensor,  # [B, T, H, K]
-    v: torch.Tensor,  # [B, T, H, V]
-    beta: torch.Tensor,  # [B, T, H]
-    g: torch.Tensor | None,  # [B, T, H]
-    initial_state: torch.Tensor | None,  # [N, H, K, V]
-    cu_seqlens: torch.Tensor | None,  # [N + 1]
-    scale: float,
-    l2norm: bool,
-    output_final_state: bool,
-    state_stride: int,
-    for_backward: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if cu_seqlens is not None:
-        checks.check_bounds(cu_seqlens, q.shape[1])
-    with _no_autocast(q):
-        return _implementation(backend).forward(
-            q,
-            k,
-            v,
-            beta,
-            g,
-            initial_state,
-            cu_seqlens,
-            scale,
-            l2norm,
-            output_final_state,
-            state_stride,
-            for_backward,
-        )
+class Call(NamedTuple):
+    """The arguments of the chunk op."""
+
+    q: torch.Tensor  # [B, T, H, K]
+    k: torch.Tensor  # [B, T, H, K]
+    v: torch.Tensor  # [B, T, HV, V]
+    beta: torch.Tensor  # [B, T, HV]
+    g: torch.Tensor | None  # [B, T, HV]
+    initial_state: torch.Tensor | None  # [N, HV, K, V]
+    cu_seqlens: torch.Tensor | None  # [N + 1]
+    scale: float
+    l2norm: bool
+    output_final_state: bool
+    state_stride: int  # 0: no states
+    for_backward: bool
+    backend: str
 
 
-@_chunk_op.register_fake
-def _(
-    q, k, v, beta, g, initial_state, cu_seqlens,
-    scale, l2norm, output_final_state, state_stride, for_backward, backend,
-):  # fmt: skip
-    (rows, tokens, heads, kd), vd = q.shape, v.shape[-1]
-    counted = -(-tokens // state_stride) if state_stride else 0
-    if cu_seqlens is not None:
-        rows = cu_seqlens.shape[0] - 1
-        counted = torch.library.get_ctx().new_dynamic_size() if state_stride else 0
-    implementation = _implementation(backend)
-    checkpoints = implementation.checkpoint_count(q, cu_seqlens) if for_backward else 0
+class BackwardCall(NamedTuple):
+    """The arguments of its backward."""
+
+    q: torch.Tensor  # [B, T, H, K]
+    k: torch.Tensor  # [B, T, H, K]
+    v: torch.Tensor  # [B, T, HV, V]
+    beta: torch.Tensor  # [B, T, HV]
+    g: torch.Tensor | None  # [B, T, HV]
+    initial_state: torch.Tensor | None  # [N, HV, K, V]
+    cu_seqlens: torch.Tensor | None  # [N + 1]
+    checkpoints: torch.Tensor  # [checkpoint_count, B, HV, K, V]
+    kept: torch.Tensor  # [kept_count]
+    o: torch.Tensor | None  # [B, T, HV, V], where the backend needs it
+    d_o: torch.Tensor | None  # [B, T, HV, V]
+    d_final: torch.Tensor | None  # [N, HV, K, V]
+    d_states: torch.Tensor | None  # [N, ceil(longest / state_stride), HV, K, V]
+    scale: float
+    l2norm: bool
+    state_stride: int
+    backend: str
+
+
+INPUTS = Call._fields[:7]  # tensors; all but the last are differentiable
+
+
+def _fake_chunk(call: Call) -> tuple[torch.Tensor, ...]:
+    (rows, tokens, heads, vd), kd = call.v.shape, call.q.shape[-1]
+    counted = -(-tokens // call.state_stride) if call.state_stride else 0
+    if call.cu_seqlens is not None:
+        rows = call.cu_seqlens.shape[0] - 1
+        counted = torch.library.get_ctx().new_dynamic_size() if call.state_stride else 0
+    implementation = _implementation(call.backend)
+    checkpoints = implementation.checkpoint_count(call.v, call.cu_seqlens) if call.for_backward else 0
+    kept = implementation.kept_count(call.q, call.v, call.g) if call.for_backward else 0
 
     def new_states(*shape: int) -> torch.Tensor:
-        return q.new_empty((*shape, heads, kd, vd), dtype=_state_dtype(q))
+        return call.q.new_empty((*shape, heads, kd, vd), dtype=accumulation_dtype(call.q))
 
     return (
-        q.new_empty(v.shape),
-        new_states(rows if output_final_state else 0),
+        call.q.new_empty(call.v.shape),
+        new_states(rows if call.output_final_state else 0),
         new_states(rows, counted),
-        new_states(checkpoints, q.shape[0]),
-        q.new_empty(implementation.kept_count(q, v, g) if for_backward else 0),
+        new_states(checkpoints, call.q.shape[0]),
+        call.q.new_empty(kept),
     )
 
 
-@torch.library.custom_op("refine_kernels::chunk_delta_rule_backward", mutates_args=())
-def _chunk_backward_op(
-    q: torch.Tensor,  # [B, T, H, K]
-    k: torch.Tensor,  # [B, T, H, K]
-    v: torch.Tensor,  # [B, T, H, V]
-    beta: torch.Tensor,  # [B, T, H]
-    g: torch.Tensor | None,  # [B, T, H]
-    initial_state: torch.Tensor | None,  # [N, H, K, V]
-    cu_seqlens: torch.Tensor | None,  # [N + 1]
-    checkpoints: torch.Tensor,  # [checkpoint_count, B, H, K, V]
-    kept: torch.Tensor,  # [kept_count]
-    o: torch.Tensor | None,  # [B, T, H, V]
-    d_o: torch.Tensor | None,  # [B, T, H, V]
-    d_final: torch.Tensor | None,  # [N, H, K, V]
-    d_states: torch.Tensor | None,  # [N, ceil(longest / state_stride), H, K, V]
-    scale: float,
-    l2norm: bool,
-    state_stride: int,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    with _no_autocast(q):
-        return _implementation(backend).backward(
-            q, k, v, beta, g, initial_state, cu_seqlens, checkpoints, kept, o, d_o, d_final, d_states,
-            scale, l2norm, state_stride,
-        )  # fmt: skip
+@custom_op("chunk_delta_rule", Call, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_chunk)
+def _chunk_op(call: Call) -> tuple[torch.Tensor, ...]:
+    """``(o, final_state, states, checkpoints, kept)``, what is not asked for with length 0; the last two are the
+    backward's own."""
+    if call.cu_seqlens is not None:
+        checks.check_bounds(call.cu_seqlens, call.q.shape[1])
+    return _implementation(call.backend).forward(*call[:-1])
 
 
-@_chunk_backward_op.register_fake
-def _(
-    q, k, v, beta, g, initial_state, cu_seqlens, checkpoints, kept, o, d_o, d_final, d_states,
-    scale, l2norm, state_stride, backend,
-):  # fmt: skip
-    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def _fake_chunk_backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    rows = call.q.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    shape = (rows, call.v.shape[2], call.q.shape[3], call.v.shape[3])
     return (
-        *(x.new_empty(x.shape) for x in (q, k, v, beta)),
-        q.new_empty(0) if g is None else g.new_empty(g.shape),
-        q.new_empty((rows, q.shape[2], q.shape[3], v.shape[3]), dtype=_state_dtype(q)),
+        *(x.new_empty(x.shape) for x in call[:4]),
+        call.q.new_empty(0) if call.g is None else call.g.new_empty(call.g.shape),
+        call.q.new_empty(shape, dtype=accumulation_dtype(call.q)),
     )
 
 
-def _remember(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.l2norm, ctx.output_final_state, ctx.state_stride, _, ctx.backend = inputs
-    needs_o = ctx.l2norm and ctx.backend == "triton"
-    ctx.save_for_backward(*tensors, output[3], output[4], output[0] if needs_o else None)
-    ctx.set_materialize_grads(False)
+@custom_op(
+    "chunk_delta_rule_backward",
+    BackwardCall,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_chunk_backward,
+)
+def _chunk_backward_op(call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    """Gradients of q, k, v, beta, g (length 0 without g) and of the initial state."""
+    return _implementation(call.backend).backward(*call[:-1])
 
 
-def _differentiate(ctx, d_o, d_final, d_states, *_):
-    *inputs, checkpoints, kept, o = (
-        ctx.saved_tensors
-    )  # once: activation checkpointing hands them out a single time
-    d_final = d_final if ctx.output_final_state else None
-    d_states = d_states if ctx.state_stride else None
+def _save(ctx, call: Call, output: tuple[torch.Tensor, ...]) -> None:
+    o, _, _, checkpoints, kept = output
+    needs_o = call.l2norm and call.backend == "triton"
+    ctx.save_for_backward(*call[: len(INPUTS)], checkpoints, kept, o if needs_o else None)
+    ctx.settings = (call.scale, call.l2norm, call.state_stride, call.backend)
+    ctx.returned = (call.output_final_state, call.state_stride)
+
+
+def _gradients(ctx, d_o, d_final, d_states, *_) -> dict[str, torch.Tensor]:
+    saved = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
+    d_final, d_states = (d if returned else None for d, returned in zip((d_final, d_states), ctx.returned))
     if d_o is None and d_final is None and d_states is None:
-        return (None,) * 13
-    gradients = _chunk_backward_op(
-        *inputs,
-        checkpoints,
-        kept,
-        o,
-        d_o,
-        d_final,
-        d_states,
-        ctx.scale,
-        ctx.l2norm,
-        ctx.state_stride,
-        ctx.backend,
-    )
-    gradients = [None if x is None else d_x.to(x.dtype) for x, d_x in zip(inputs, gradients)]
-    return (*gradients, *(None,) * 7)
+        return {}
+    gradients = _chunk_backward_op(*saved, d_o, d_final, d_states, *ctx.settings)
+    inputs = zip(INPUTS[:-1], saved, gradients)
+    return {name: d_x.to(x.dtype) for name, x, d_x in inputs if x is not None}
 
 
-_chunk_op.register_autograd(_differentiate, setup_context=_remember)
+differentiate(_chunk_op, Call, _save, _gradients)
 
 
-@torch.library.custom_op("refine_kernels::recurrent_delta_rule", mutates_args=())
-def _recurrent_op(
-    q: torch.Tensor,  # [B, T, H, K]
-    k: torch.Tensor,  # [B, T, H, K]
-    v: torch.Tensor,  # [B, T, H, V]
-    beta: torch.Tensor,  # [B, T, H]
-    g: torch.Tensor | None,  # [B, T, H]
-    initial_state: torch.Tensor | None,  # [N, H, K, V]
-    state_indices: torch.Tensor | None,  # [B]
-    scale: float,
-    l2norm: bool,
-    output_final_state: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+class RecurrentCall(NamedTuple):
+    """The arguments of the recurrent kernel's op, in the order of ``triton_recurrent.forward``."""
+
+    q: torch.Tensor  # [B, T, H, K]
+    k: torch.Tensor  # [B, T, H, K]
+    v: torch.Tensor  # [B, T, HV, V]
+    beta: torch.Tensor  # [B, T, HV]
+    g: torch.Tensor | None  # [B, T, HV]
+    initial_state: torch.Tensor | None  # [N, HV, K, V]
+    state_indices: torch.Tensor | None  # [B]
+    scale: float
+    l2norm: bool
+    output_final_state: bool
+
+
+def _no_state(call: RecurrentCall, rows: int) -> torch.Tensor:
+    shape = (rows, call.v.shape[2], call.q.shape[3], call.v.shape[3])
+    return call.q.new_empty(shape, dtype=accumulation_dtype(call.q))
+
+
+def _fake_recurrent(call: RecurrentCall) -> tuple[torch.Tensor, torch.Tensor]:
+    return call.q.new_empty(call.v.shape), _no_state(call, call.q.shape[0] if call.output_final_state else 0)
+
+
+@custom_op("recurrent_delta_rule", RecurrentCall, "(Tensor, Tensor)", _fake_recurrent)
+def _recurrent_op(call: RecurrentCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(o, final_state)``, the latter of no rows where it is not asked for."""
     from refine_kernels.delta_rule import triton_recurrent
 
-    o, final_state = triton_recurrent.forward(
-        q, k, v, beta, g, initial_state, state_indices, scale, l2norm, output_final_state
-    )
-    if final_state is None:
-        final_state = q.new_empty((0, *q.shape[2:], v.shape[-1]), dtype=_state_dtype(q))
-    return o, final_state
-
-
-@_recurrent_op.register_fake
-def _(q, k, v, beta, g, initial_state, state_indices, scale, l2norm, output_final_state):
-    rows = q.shape[0] if output_final_state else 0
-    return (
-        q.new_empty(v.shape),
-        q.new_empty((rows, q.shape[2], q.shape[3], v.shape[3]), dtype=_state_dtype(q)),
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Backends
+    o, final_state = triton_recurrent.forward(*call)
+    return o, _no_state(call, 0) if final_state is None else final_state
 
 
 def _implementation(backend: str) -> ModuleType:
     return importlib.import_module(IMPLEMENTATIONS[backend])
 
 
-def _chunk_backend(backend: str | None, q: torch.Tensor) -> str:
-    """The Triton kernels have no float64: it is refused where they are asked for, else goes to PyTorch."""
-    if q.dtype != torch.float64:
-        return choose_backend(backend, q, CHUNK_BACKENDS)
-    if backend == "triton":
-        raise ValueError(
-            "q must be float32, bfloat16 or float16 with backend='triton', got torch.float64: "
-            "backends 'torch' and 'reference' take it"
-        )
-    chosen = choose_backend(backend, q, CHUNK_BACKENDS)
-    return "torch" if chosen == "triton" else chosen
-
-
 def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Dtypes
-
-
-def _state_dtype(q: torch.Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """To the autocast dtype where autocast is on; float64 stays what it is, as everywhere in PyTorch."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
-
-
-def _no_autocast(q: torch.Tensor) -> contextlib.AbstractContextManager:
-    """The arithmetic inside an op chooses its own dtypes."""
-    device = q.device.type
-    return (
-        torch.autocast(device, enabled=False)
-        if torch.is_autocast_enabled(device)
-        else contextlib.nullcontext()
-    )

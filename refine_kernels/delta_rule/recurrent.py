@@ -11,23 +11,26 @@ from __future__ import annotations
 import torch
 
 from refine_kernels.delta_rule.reference import L2_NORM_EPS
+from refine_kernels.precision import accumulation_dtype
 
 
 def step(
     q: torch.Tensor,  # [B, 1, H, K]
     k: torch.Tensor,  # [B, 1, H, K]
-    v: torch.Tensor,  # [B, 1, H, V]
-    beta: torch.Tensor,  # [B, 1, H]
-    g: torch.Tensor | None,  # [B, 1, H]
-    state: torch.Tensor | None,  # [B, H, K, V]
+    v: torch.Tensor,  # [B, 1, HV, V]
+    beta: torch.Tensor,  # [B, 1, HV]
+    g: torch.Tensor | None,  # [B, 1, HV]
+    state: torch.Tensor | None,  # [B, HV, K, V]
     scale: float,
     l2norm: bool,
     output_final_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``(o [B, 1, H, V], S' [B, H, K, V] or None)``; ``state`` is not written."""
-    (b, _, h, kd), vd = q.shape, v.shape[-1]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    qk = torch.stack((q, k), 3).to(dtype).view(b * h, 2, kd)
+    """``(o [B, 1, HV, V], S' [B, HV, K, V] or None)``; ``state`` is not written."""
+    (b, _, h, vd), kd, dtype = v.shape, q.shape[-1], accumulation_dtype(q)
+    qk = torch.stack((q, k), 3).to(dtype)  # [B, 1, H, 2, K]
+    if h != q.shape[2]:
+        qk = qk.repeat_interleave(h // q.shape[2], 2)
+    qk = qk.view(b * h, 2, kd)
     beta = beta.reshape(b * h, 1, 1)
     if l2norm:
         qk = qk * (qk.square().sum(-1, keepdim=True) + L2_NORM_EPS).rsqrt()
@@ -38,7 +41,7 @@ def step(
         u = u * beta
         o = product * u
     else:
-        state = state.to(dtype).reshape(b * h, kd, vd)
+        state = state.reshape(b * h, kd, vd)
         read = torch.bmm(qk, state)
         if g is not None:
             decay = g.to(dtype).reshape(b * h, 1, 1).exp()

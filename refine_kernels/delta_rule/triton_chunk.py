@@ -80,7 +80,7 @@ def forward(
     new_states = torch.empty if cu_seqlens is None else torch.zeros  # some places are nobody's
     states = new_states(plan.rows, most, h, kd, vd, dtype=torch.float32, device=q.device)
     final_state = states.new_empty(plan.rows if output_final_state else 0, h, kd, vd)
-    groups = checkpoint_count(q, cu_seqlens) if for_backward else 0
+    groups = checkpoint_count(v, cu_seqlens) if for_backward else 0
     checkpoints = new_states(groups, b, h, kd, vd, dtype=torch.float32, device=q.device)
     kept = q.new_empty(kept_count(q, v, g) if for_backward else 0)
     if b * h == 0:
@@ -204,12 +204,12 @@ def _join(plan: _Plan, maps: torch.Tensor, given: torch.Tensor | None, reverse: 
     return starts
 
 
-def checkpoint_count(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:  # [B, T, H, K], [N + 1]
+def checkpoint_count(v: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:  # [B, T, HV, V], [N + 1]
     """Room for the states that ``forward`` keeps, for whatever head size of the values. A bound for packed
     sequences that needs no look at the data."""
     if cu_seqlens is None:
-        return -(-q.shape[1] // GROUP_TOKENS)
-    return q.shape[1] // GROUP_TOKENS + cu_seqlens.shape[0] - 1
+        return -(-v.shape[1] // GROUP_TOKENS)
+    return v.shape[1] // GROUP_TOKENS + cu_seqlens.shape[0] - 1
 
 
 def kept_count(q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None) -> int:

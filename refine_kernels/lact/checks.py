@@ -6,8 +6,7 @@ import torch
 
 from refine_kernels.lact.layout import Widths
 from refine_kernels.lact.state import LaCTState
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from refine_kernels.precision import check_float
 
 
 def check_weights(w0: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> None:
@@ -38,7 +37,7 @@ def check_tokens(
     """What an update reads: shapes, dtypes and devices agree with one another and with the weights."""
     if k.dim() != 3 or k.shape[0] != rows or k.shape[2] != widths.dk or k.shape[1] < 1:
         raise ValueError(f"k must be [N, L, dk] with N = {rows}, L >= 1, dk = {widths.dk}, got {_shape(k)}")
-    _check_dtype("k", k)
+    check_float("k", k)
     if v.shape != (*k.shape[:2], widths.dv):
         raise ValueError(f"v must be [N, L, dv] = {[*k.shape[:2], widths.dv]}, got {_shape(v)}")
     if v.dtype != k.dtype:
@@ -59,7 +58,7 @@ def check_queries(q: torch.Tensor, rows: int, widths: Widths, device: torch.devi
     """q is [N, L, dk] of a float dtype on the weights' device."""
     if q.dim() != 3 or q.shape[0] != rows or q.shape[2] != widths.dk or q.shape[1] < 1:
         raise ValueError(f"q must be [N, L, dk] with N = {rows}, L >= 1, dk = {widths.dk}, got {_shape(q)}")
-    _check_dtype("q", q)
+    check_float("q", q)
     if q.device != device:
         raise ValueError(f"q must be on the weights' device {device}, got {q.device}")
 
@@ -100,12 +99,6 @@ def check_state(
             raise ValueError(
                 f"initial_state is of another configuration: its {name} is {given}, expected {expected}"
             )
-
-
-def _check_dtype(name: str, x: torch.Tensor) -> None:
-    if x.dtype not in FLOAT_DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
-        raise ValueError(f"{name} must have one of the dtypes {allowed}, got {x.dtype}")
 
 
 def _shape(x: torch.Tensor) -> str:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from refine_kernels.custom_op import custom_op, differentiate
 from refine_kernels.dispatch import choose_backend
-from refine_kernels.lact.state import accumulation_dtype
+from refine_kernels.precision import accumulation_dtype, autocast
 
 UNIT_EPS = 1e-5
 
@@ -54,6 +56,7 @@ def lact_prepare(
 
     Source: Zhang et al., arXiv 2505.23884.
     """
+    q, k, v = autocast(q, k, v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 3 or x.shape[:2] != q.shape[:2] or x.shape[2] % num_heads or not x.is_floating_point():
             raise ValueError(
@@ -75,9 +78,10 @@ def lact_prepare(
                 f"got {list(x.shape)}"
             )
     cos, sin = (None, None) if angles is None else angles
-    if _backend(backend, q) == "triton" and q.dtype != torch.float64 and q.numel() > 0:
-        return _prepare_op(q, k, v, scale, offset, cos, sin, num_heads, silu, v_silu)
     dtype = accumulation_dtype(q)
+    backend = choose_backend(backend, dtype, q, k, v, scale, offset, cos, sin, available=("triton", "torch"))
+    if backend == "triton" and q.numel() > 0:
+        return _prepare_op(q, k, v, scale, offset, cos, sin, num_heads, silu, v_silu)
     prepared = []
     for j, x in enumerate((q, k)):
         x = torch.addcmul(offset[:, j].to(dtype), x.to(dtype), scale[:, j].to(dtype))
@@ -115,6 +119,7 @@ def lact_finish(
     Raises:
         ValueError: an argument does not fit; the message names it, what was given and what is allowed.
     """
+    o, attended = autocast(o, attended)
     if o.dim() != 4 or not o.is_floating_point():
         raise ValueError(f"o must be [B, H, T, V] of a float dtype, got {list(o.shape)} of {o.dtype}")
     batch, heads, tokens, width = o.shape
@@ -127,9 +132,10 @@ def lact_finish(
         raise ValueError(f"weight must be [V] = {[width]}, got {list(weight.shape)}")
     if gate is not None and gate.shape != (batch, tokens, heads):
         raise ValueError(f"gate must be [B, T, H] = {[batch, tokens, heads]}, got {list(gate.shape)}")
-    if _backend(backend, o) == "triton" and o.dtype != torch.float64 and o.numel() > 0:
-        return _finish_op(o, attended, weight, gate, eps)
     dtype = accumulation_dtype(o)
+    backend = choose_backend(backend, dtype, o, attended, weight, gate, available=("triton", "torch"))
+    if backend == "triton" and o.numel() > 0:
+        return _finish_op(o, attended, weight, gate, eps)
     y = o.transpose(1, 2).to(dtype)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)
     if gate is not None:
@@ -148,112 +154,126 @@ def _turn(
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-2).flatten(-3)
 
 
-def _backend(backend: str | None, x: torch.Tensor) -> str:
-    return choose_backend(backend, x, ("triton", "torch"))
+# ---- the custom ops of the kernels -------------------------------------------------------------------------
+
+
+class PrepareCall(NamedTuple):
+    """The arguments of :func:`lact_prepare`'s kernel."""
+
+    q: torch.Tensor  # [B, T, H D]
+    k: torch.Tensor  # [B, T, H D]
+    v: torch.Tensor  # [B, T, H V]
+    scale: torch.Tensor  # [H D, 2]
+    offset: torch.Tensor  # [H D, 2]
+    cos: torch.Tensor | None  # [B, T, R]
+    sin: torch.Tensor | None  # [B, T, R]
+    num_heads: int
+    silu: bool
+    v_silu: bool
+
+
+class PrepareBackwardCall(NamedTuple):
+    """The arguments of its backward."""
+
+    d_q: torch.Tensor  # [B, H, T, D]
+    d_k: torch.Tensor  # [B, H, T, D]
+    d_v: torch.Tensor  # [B, H, T, V]
+    q: torch.Tensor  # [B, T, H D]
+    k: torch.Tensor  # [B, T, H D]
+    v: torch.Tensor  # [B, T, H V]
+    scale: torch.Tensor  # [H D, 2]
+    offset: torch.Tensor  # [H D, 2]
+    cos: torch.Tensor | None  # [B, T, R]
+    sin: torch.Tensor | None  # [B, T, R]
+    num_heads: int
+    silu: bool
+    v_silu: bool
+
+
+def _fake_prepare(call: PrepareCall) -> tuple[torch.Tensor, ...]:
+    n = call.num_heads
+    return tuple(x.new_empty(x.shape[0], n, x.shape[1], x.shape[2] // n) for x in call[:3])
+
+
+@custom_op("lact_prepare", PrepareCall, "(Tensor, Tensor, Tensor)", _fake_prepare)
+def _prepare_op(call: PrepareCall) -> tuple[torch.Tensor, ...]:
+    return _kernels().prepare_forward(*call)
+
+
+@custom_op(
+    "lact_prepare_backward",
+    PrepareBackwardCall,
+    "Tensor[]",
+    lambda call: [x.new_empty(x.shape) for x in call[3:8]],
+)
+def _prepare_backward_op(call: PrepareBackwardCall) -> list[torch.Tensor]:
+    """Gradients of q, k, v, scale and offset."""
+    return _kernels().prepare_backward(*call)
+
+
+def _save_prepare(ctx, call: PrepareCall, output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(*call[:7])
+    ctx.settings = call[7:]
+
+
+def _prepare_gradients(ctx, d_q, d_k, d_v) -> dict[str, torch.Tensor]:
+    gradients = _prepare_backward_op(d_q, d_k, d_v, *ctx.saved_tensors, *ctx.settings)
+    return dict(zip(PrepareCall._fields, gradients))
+
+
+differentiate(_prepare_op, PrepareCall, _save_prepare, _prepare_gradients, materialize=True)
+
+
+class FinishCall(NamedTuple):
+    """The arguments of :func:`lact_finish`'s kernel."""
+
+    o: torch.Tensor  # [B, H, T, V]
+    attended: torch.Tensor  # [B, T, H V]
+    weight: torch.Tensor  # [V]
+    gate: torch.Tensor | None  # [B, T, H]
+    eps: float
+
+
+class FinishBackwardCall(NamedTuple):
+    """The arguments of its backward."""
+
+    d_out: torch.Tensor  # [B, T, H V]
+    o: torch.Tensor  # [B, H, T, V]
+    weight: torch.Tensor  # [V]
+    gate: torch.Tensor | None  # [B, T, H]
+    eps: float
+
+
+@custom_op("lact_finish", FinishCall, "Tensor", lambda call: call.attended.new_empty(call.attended.shape))
+def _finish_op(call: FinishCall) -> torch.Tensor:
+    return _kernels().finish_forward(*call)
+
+
+def _fake_finish_backward(call: FinishBackwardCall) -> list[torch.Tensor]:
+    there = [x for x in (call.o, call.weight, call.gate) if x is not None]
+    return [x.new_empty(x.shape) for x in there] + [call.weight.new_empty(0)] * (3 - len(there))
+
+
+@custom_op("lact_finish_backward", FinishBackwardCall, "Tensor[]", _fake_finish_backward)
+def _finish_backward_op(call: FinishBackwardCall) -> list[torch.Tensor]:
+    """Gradients of o, weight and gate (length 0 without a gate)."""
+    return _kernels().finish_backward(*call)
+
+
+def _save_finish(ctx, call: FinishCall, output: torch.Tensor) -> None:
+    ctx.save_for_backward(call.o, call.weight, call.gate)
+    ctx.eps = call.eps
+
+
+def _finish_gradients(ctx, d_out: torch.Tensor) -> dict[str, torch.Tensor]:
+    o, weight, gate = ctx.saved_tensors
+    d_o, d_weight, d_gate = _finish_backward_op(d_out, o, weight, gate, ctx.eps)
+    return {"o": d_o, "attended": d_out, "weight": d_weight, "gate": None if gate is None else d_gate}
+
+
+differentiate(_finish_op, FinishCall, _save_finish, _finish_gradients)
 
 
 def _kernels() -> ModuleType:
     """Imported at their first use."""
     return importlib.import_module("refine_kernels.lact.triton_edges")
-
-
-# ---- the custom ops of the kernels -------------------------------------------------------------------------
-
-
-@torch.library.custom_op("refine_kernels::lact_prepare", mutates_args=())
-def _prepare_op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: torch.Tensor,
-    offset: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    num_heads: int,
-    silu: bool,
-    v_silu: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _kernels().prepare_forward(q, k, v, scale, offset, cos, sin, num_heads, silu, v_silu)
-
-
-@_prepare_op.register_fake
-def _(q, k, v, scale, offset, cos, sin, num_heads, silu, v_silu):
-    return tuple(x.new_empty(x.shape[0], num_heads, x.shape[1], x.shape[2] // num_heads) for x in (q, k, v))
-
-
-@torch.library.custom_op("refine_kernels::lact_prepare_backward", mutates_args=())
-def _prepare_backward_op(
-    d_q: torch.Tensor,
-    d_k: torch.Tensor,
-    d_v: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: torch.Tensor,
-    offset: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    num_heads: int,
-    silu: bool,
-    v_silu: bool,
-) -> list[torch.Tensor]:
-    return _kernels().prepare_backward(
-        d_q, d_k, d_v, q, k, v, scale, offset, cos, sin, num_heads, silu, v_silu
-    )
-
-
-@_prepare_backward_op.register_fake
-def _(d_q, d_k, d_v, q, k, v, scale, offset, cos, sin, num_heads, silu, v_silu):
-    return [x.new_empty(x.shape) for x in (q, k, v, scale, offset)]
-
-
-def _remember_prepare(ctx, inputs, output):
-    *tensors, ctx.num_heads, ctx.silu, ctx.v_silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate_prepare(ctx, d_q, d_k, d_v):
-    options = (ctx.num_heads, ctx.silu, ctx.v_silu)
-    return *_prepare_backward_op(d_q, d_k, d_v, *ctx.saved_tensors, *options), *(None,) * 5
-
-
-_prepare_op.register_autograd(_differentiate_prepare, setup_context=_remember_prepare)
-
-
-@torch.library.custom_op("refine_kernels::lact_finish", mutates_args=())
-def _finish_op(
-    o: torch.Tensor, attended: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor | None, eps: float
-) -> torch.Tensor:
-    return _kernels().finish_forward(o, attended, weight, gate, eps)
-
-
-@_finish_op.register_fake
-def _(o, attended, weight, gate, eps):
-    return attended.new_empty(attended.shape)
-
-
-@torch.library.custom_op("refine_kernels::lact_finish_backward", mutates_args=())
-def _finish_backward_op(
-    d_out: torch.Tensor, o: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor | None, eps: float
-) -> list[torch.Tensor]:
-    return _kernels().finish_backward(d_out, o, weight, gate, eps)
-
-
-@_finish_backward_op.register_fake
-def _(d_out, o, weight, gate, eps):
-    d_gate = weight.new_empty(0) if gate is None else gate.new_empty(gate.shape)
-    return [o.new_empty(o.shape), weight.new_empty(weight.shape), d_gate]
-
-
-def _remember_finish(ctx, inputs, output):
-    o, _, weight, gate, ctx.eps = inputs
-    ctx.save_for_backward(o, weight, gate)
-
-
-def _differentiate_finish(ctx, d_out):
-    o, weight, gate = ctx.saved_tensors
-    d_o, d_weight, d_gate = _finish_backward_op(d_out, o, weight, gate, ctx.eps)
-    return d_o, d_out, d_weight, None if gate is None else d_gate, None
-
-
-_finish_op.register_autograd(_differentiate_finish, setup_context=_remember_finish)

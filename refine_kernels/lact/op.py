@@ -7,18 +7,19 @@ autograd graph (a branch that goes on from there) calls the two apart.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
+from refine_kernels.custom_op import custom_op, differentiate
 from refine_kernels.dispatch import choose_backend
 from refine_kernels.lact import checks, chunked, reference
 from refine_kernels.lact.layout import Widths, count_entries, widths_of
-from refine_kernels.lact.state import LaCTState, LaCTWeights, accumulation_dtype
+from refine_kernels.lact.state import LaCTState, LaCTWeights
+from refine_kernels.precision import accumulation_dtype, autocast, no_autocast
 
-BACKENDS = ("triton", "torch", "reference")
 _TRITON = {"scan": "triton_update", "apply": "triton_apply"}
 
 
@@ -74,7 +75,7 @@ def chunk_lact(
     """
     checks.check_weights(w0, w1, w2)
     checks.check_chunk_size(chunk_size)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     widths, dtype = widths_of(w0, w1), accumulation_dtype(q)
     checks.check_queries(q, len(w0), widths, w0.device)
     checks.check_tokens(k, v, lr0, lr1, lr2, momentum, len(w0), widths)
@@ -85,9 +86,9 @@ def chunk_lact(
     if initial_state is not None:
         checks.check_state(initial_state, len(w0), widths, chunk_size, prenorm, momentum is not None, dtype)
 
-    backend = choose_backend(backend, q, BACKENDS)
+    backend = choose_backend(backend, dtype, q, k, v, lr0, lr1, lr2, momentum)
     if backend == "reference":
-        with _no_autocast(q):
+        with no_autocast(q):
             return reference.chunk_lact(
                 w0, w1, w2, q, k, v, lr0, lr1, lr2, momentum=momentum, chunk_size=chunk_size, use_muon=use_muon,
                 prenorm=prenorm, initial_state=initial_state, output_final_state=output_final_state,
@@ -142,7 +143,7 @@ def lact_scan(
         :class:`LaCTWeights` of tensors ``[N, updates + 1, P]``, with gradients through every entry.
     """
     checks.check_chunk_size(chunk_size)
-    k, v = _autocast(k, v)
+    k, v = autocast(k, v)
     checks.check_tokens(k, v, lr0, lr1, lr2, momentum, weights.applied.shape[0], widths)
     if k.shape[1] < updates * chunk_size:
         raise ValueError(f"k must have {updates} x {chunk_size} tokens for as many updates, got {k.shape[1]}")
@@ -154,9 +155,9 @@ def lact_scan(
         raise ValueError("momentum's rates and weights.momentum belong together: give both or neither")
     prenorm = weights.unnormalised is not None
 
-    backend = choose_backend(backend, k, BACKENDS)
+    backend = choose_backend(backend, dtype, k, v, lr0, lr1, lr2, momentum, norms, *weights.tensors())
     if backend == "reference":
-        with _no_autocast(k):
+        with no_autocast(k):
             entries = [weights]
             for i in range(updates):
                 chunk = slice(i * chunk_size, (i + 1) * chunk_size)
@@ -195,16 +196,16 @@ def lact_apply(
         ``[N, L, dv]`` in q's dtype.
     """
     checks.check_chunk_size(chunk_size)
-    (q,) = _autocast(q)
+    (q,) = autocast(q)
     checks.check_queries(q, stack.shape[0], widths, stack.device)
     entries = (offset + q.shape[1] - 1) // chunk_size + 1
     if stack.dim() != 3 or stack.shape[2] != widths.size or stack.shape[1] < entries:
         raise ValueError(
             f"stack must be [N, S, P] with S >= {entries} and P = {widths.size}, got {list(stack.shape)}"
         )
-    backend = choose_backend(backend, q, BACKENDS)
+    backend = choose_backend(backend, accumulation_dtype(q), q, stack)
     if backend == "reference":
-        with _no_autocast(q):
+        with no_autocast(q):
             entry = (offset + torch.arange(q.shape[1], device=q.device)) // chunk_size
             parts = [
                 reference.apply_fast_weight(stack[:, e], q[:, entry == e], widths)
@@ -217,178 +218,161 @@ def lact_apply(
 # ---- the custom ops: torch.library's schemas know no named tuples, so widths travel as a list ---------------
 
 
-@torch.library.custom_op("refine_kernels::lact_scan", mutates_args=())
-def _scan_op(
-    applied: torch.Tensor,  # [N, P]
-    unnormalised: torch.Tensor | None,  # [N, P]
-    momentum: torch.Tensor | None,  # [N, P]
-    norms: torch.Tensor,  # [N, R]
-    k: torch.Tensor,  # [N, L, dk]
-    v: torch.Tensor,  # [N, L, dv]
-    lr0: torch.Tensor,  # [N, L, 1]
-    lr1: torch.Tensor,  # [N, L, 1]
-    lr2: torch.Tensor,  # [N, L, 1]
-    gate: torch.Tensor | None,  # [N, L, 1]
-    widths: list[int],
-    chunk_size: int,
-    updates: int,
-    use_muon: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See :func:`chunked.scan_forward`."""
-    with _no_autocast(k):
-        return _implementation(backend, "scan").scan_forward(
-            applied, unnormalised, momentum, norms, k, v, lr0, lr1, lr2, gate,
-            Widths(*widths), chunk_size, updates, use_muon,
-        )  # fmt: skip
+class ScanCall(NamedTuple):
+    """The arguments of the scan's op; see :func:`chunked.scan_forward`."""
+
+    applied: torch.Tensor  # [N, P]
+    unnormalised: torch.Tensor | None  # [N, P]
+    momentum: torch.Tensor | None  # [N, P]
+    norms: torch.Tensor  # [N, R]
+    k: torch.Tensor  # [N, L, dk]
+    v: torch.Tensor  # [N, L, dv]
+    lr0: torch.Tensor  # [N, L, 1]
+    lr1: torch.Tensor  # [N, L, 1]
+    lr2: torch.Tensor  # [N, L, 1]
+    gate: torch.Tensor | None  # [N, L, 1], the momentum's rates
+    widths: list[int]
+    chunk_size: int
+    updates: int
+    use_muon: bool
+    backend: str
 
 
-@_scan_op.register_fake
-def _(
-    applied, unnormalised, momentum, norms, k, v, lr0, lr1, lr2, gate,
-    widths, chunk_size, updates, use_muon, backend,
-):  # fmt: skip
-    stack = applied.new_empty(applied.shape[0], updates + 1, applied.shape[1])
+class ScanBackwardCall(NamedTuple):
+    """The arguments of its backward; see :func:`chunked.scan_backward`."""
+
+    stack: torch.Tensor  # [N, S, P]
+    steps: torch.Tensor  # [N, S, P] or [0]
+    divisors: torch.Tensor  # [N, S, R]
+    norms: torch.Tensor  # [N, R]
+    k: torch.Tensor  # [N, L, dk]
+    v: torch.Tensor  # [N, L, dv]
+    lr0: torch.Tensor  # [N, L, 1]
+    lr1: torch.Tensor  # [N, L, 1]
+    lr2: torch.Tensor  # [N, L, 1]
+    gate: torch.Tensor | None  # [N, L, 1]
+    d_stack: torch.Tensor | None  # [N, S, P]
+    d_sums: torch.Tensor | None  # [N, S, P]
+    d_steps: torch.Tensor | None  # [N, S, P]
+    widths: list[int]
+    chunk_size: int
+    use_muon: bool
+    prenorm: bool
+    backend: str
+
+
+_TENSORS = ScanCall._fields[:10]
+
+
+def _fake_scan(call: ScanCall) -> tuple[torch.Tensor, ...]:
+    applied = call.applied
+    stack = applied.new_empty(applied.shape[0], call.updates + 1, applied.shape[1])
     return (
         stack,
-        applied.new_empty(0) if unnormalised is None else torch.empty_like(stack),
-        torch.empty_like(stack) if gate is not None or use_muon else applied.new_empty(0),
-        applied.new_empty(applied.shape[0], updates + 1, norms.shape[1]),
+        applied.new_empty(0) if call.unnormalised is None else torch.empty_like(stack),
+        torch.empty_like(stack) if call.gate is not None or call.use_muon else applied.new_empty(0),
+        applied.new_empty(applied.shape[0], call.updates + 1, call.norms.shape[1]),
     )
 
 
-@torch.library.custom_op("refine_kernels::lact_scan_backward", mutates_args=())
-def _scan_backward_op(
-    stack: torch.Tensor,  # [N, S, P]
-    steps: torch.Tensor,  # [N, S, P] or [0]
-    divisors: torch.Tensor,  # [N, S, R]
-    norms: torch.Tensor,  # [N, R]
-    k: torch.Tensor,  # [N, L, dk]
-    v: torch.Tensor,  # [N, L, dv]
-    lr0: torch.Tensor,  # [N, L, 1]
-    lr1: torch.Tensor,  # [N, L, 1]
-    lr2: torch.Tensor,  # [N, L, 1]
-    gate: torch.Tensor | None,  # [N, L, 1]
-    d_stack: torch.Tensor | None,  # [N, S, P]
-    d_sums: torch.Tensor | None,  # [N, S, P]
-    d_steps: torch.Tensor | None,  # [N, S, P]
-    widths: list[int],
-    chunk_size: int,
-    use_muon: bool,
-    prenorm: bool,
-    backend: str,
-) -> list[torch.Tensor]:
-    """See :func:`chunked.scan_backward`."""
-    with _no_autocast(k):
-        gradients = _implementation(backend, "scan").scan_backward(
-            stack, steps, divisors, norms, k, v, lr0, lr1, lr2, gate, d_stack, d_sums, d_steps,
-            Widths(*widths), chunk_size, use_muon, prenorm,
-        )  # fmt: skip
-        return list(gradients)
+@custom_op("lact_scan", ScanCall, "(Tensor, Tensor, Tensor, Tensor)", _fake_scan)
+def _scan_op(call: ScanCall) -> tuple[torch.Tensor, ...]:
+    call = call._replace(widths=Widths(*call.widths))
+    return _implementation(call.backend, "scan").scan_forward(*call[:-1])
 
 
-@_scan_backward_op.register_fake
-def _(
-    stack, steps, divisors, norms, k, v, lr0, lr1, lr2, gate, d_stack, d_sums, d_steps,
-    widths, chunk_size, use_muon, prenorm, backend,
-):  # fmt: skip
-    flat = stack.new_empty(stack.shape[0], stack.shape[2])
-    tokens = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v, lr0, lr1, lr2))
+def _fake_scan_backward(call: ScanBackwardCall) -> list[torch.Tensor]:
+    flat = call.stack.new_empty(call.stack.shape[0], call.stack.shape[2])
     return [
         flat,
-        torch.empty_like(flat) if prenorm else stack.new_empty(0),
-        torch.empty_like(flat) if gate is not None else stack.new_empty(0),
-        torch.empty_like(norms),
-        *tokens,
-        stack.new_empty(0) if gate is None else gate.new_empty(gate.shape),
+        torch.empty_like(flat) if call.prenorm else flat.new_empty(0),
+        torch.empty_like(flat) if call.gate is not None else flat.new_empty(0),
+        torch.empty_like(call.norms),
+        *(x.new_empty(x.shape) for x in (call.k, call.v, call.lr0, call.lr1, call.lr2)),
+        flat.new_empty(0) if call.gate is None else call.gate.new_empty(call.gate.shape),
     ]
 
 
-def _remember_scan(ctx, inputs, output):
-    _, unnormalised, _, norms, k, v, lr0, lr1, lr2, gate = inputs[:10]
-    ctx.widths, ctx.chunk_size, _, ctx.use_muon, ctx.backend = inputs[10:]
+@custom_op("lact_scan_backward", ScanBackwardCall, "Tensor[]", _fake_scan_backward)
+def _scan_backward_op(call: ScanBackwardCall) -> list[torch.Tensor]:
+    """Gradients of the scan's tensors in their order, of length 0 where there is no such tensor."""
+    call = call._replace(widths=Widths(*call.widths))
+    return list(_implementation(call.backend, "scan").scan_backward(*call[:-1]))
+
+
+def _save_scan(ctx, call: ScanCall, output: tuple[torch.Tensor, ...]) -> None:
     stack, _, steps, divisors = output
-    ctx.prenorm = unnormalised is not None
-    ctx.save_for_backward(stack, steps, divisors, norms, k, v, lr0, lr1, lr2, gate)
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(stack, steps, divisors, *call[3 : len(_TENSORS)])
+    ctx.there = [x is not None for x in call[: len(_TENSORS)]]
+    prenorm = call.unnormalised is not None
+    ctx.settings = (call.widths, call.chunk_size, call.use_muon, prenorm, call.backend)
 
 
-def _differentiate_scan(ctx, d_stack, d_sums, d_steps, _):
-    saved = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
-    has_gate = saved[-1] is not None
-    d_sums, d_steps = d_sums if ctx.prenorm else None, d_steps if has_gate else None
+def _scan_gradients(ctx, d_stack, d_sums, d_steps, _) -> dict[str, torch.Tensor]:
+    there = dict(zip(_TENSORS, ctx.there))
+    d_sums, d_steps = d_sums if there["unnormalised"] else None, d_steps if there["gate"] else None
     if d_stack is None and d_sums is None and d_steps is None:
-        return (None,) * 15
-    gradients = _scan_backward_op(
-        *saved, d_stack, d_sums, d_steps, ctx.widths, ctx.chunk_size, ctx.use_muon, ctx.prenorm, ctx.backend
-    )
-    d_applied, d_unnormalised, d_momentum, *others, d_gate = gradients
-    return (
-        d_applied,
-        d_unnormalised if ctx.prenorm else None,
-        d_momentum if has_gate else None,
-        *others,
-        d_gate if has_gate else None,
-        *(None,) * 5,
-    )
+        return {}
+    gradients = _scan_backward_op(*ctx.saved_tensors, d_stack, d_sums, d_steps, *ctx.settings)
+    return {name: d for name, d in zip(_TENSORS, gradients) if there[name]}
 
 
-_scan_op.register_autograd(_differentiate_scan, setup_context=_remember_scan)
+differentiate(_scan_op, ScanCall, _save_scan, _scan_gradients)
 
 
-@torch.library.custom_op("refine_kernels::lact_apply", mutates_args=())
-def _apply_op(
-    stack: torch.Tensor,  # [N, S, P]
-    q: torch.Tensor,  # [N, L, dk]
-    widths: list[int],
-    chunk_size: int,
-    offset: int,
-    backend: str,
-) -> torch.Tensor:
-    """See :func:`chunked.apply_forward`."""
-    with _no_autocast(q):
-        return _implementation(backend, "apply").apply_forward(stack, q, Widths(*widths), chunk_size, offset)
+class ApplyCall(NamedTuple):
+    """The arguments of the op that reads; see :func:`chunked.apply_forward`."""
+
+    stack: torch.Tensor  # [N, S, P]
+    q: torch.Tensor  # [N, L, dk]
+    widths: list[int]
+    chunk_size: int
+    offset: int
+    backend: str
 
 
-@_apply_op.register_fake
-def _(stack, q, widths, chunk_size, offset, backend):
-    return q.new_empty(q.shape[0], q.shape[1], widths[2])
+class ApplyBackwardCall(NamedTuple):
+    """The arguments of its backward; see :func:`chunked.apply_backward`."""
+
+    stack: torch.Tensor  # [N, S, P]
+    q: torch.Tensor  # [N, L, dk]
+    d_o: torch.Tensor  # [N, L, dv]
+    widths: list[int]
+    chunk_size: int
+    offset: int
+    backend: str
 
 
-@torch.library.custom_op("refine_kernels::lact_apply_backward", mutates_args=())
-def _apply_backward_op(
-    stack: torch.Tensor,  # [N, S, P]
-    q: torch.Tensor,  # [N, L, dk]
-    d_o: torch.Tensor,  # [N, L, dv]
-    widths: list[int],
-    chunk_size: int,
-    offset: int,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`chunked.apply_backward`."""
-    with _no_autocast(q):
-        return _implementation(backend, "apply").apply_backward(
-            stack, q, d_o, Widths(*widths), chunk_size, offset
-        )
+@custom_op(
+    "lact_apply", ApplyCall, "Tensor", lambda call: call.q.new_empty(*call.q.shape[:2], call.widths[2])
+)
+def _apply_op(call: ApplyCall) -> torch.Tensor:
+    call = call._replace(widths=Widths(*call.widths))
+    return _implementation(call.backend, "apply").apply_forward(*call[:-1])
 
 
-@_apply_backward_op.register_fake
-def _(stack, q, d_o, widths, chunk_size, offset, backend):
-    return stack.new_empty(stack.shape), q.new_empty(q.shape)
+@custom_op(
+    "lact_apply_backward",
+    ApplyBackwardCall,
+    "(Tensor, Tensor)",
+    lambda call: tuple(x.new_empty(x.shape) for x in call[:2]),
+)
+def _apply_backward_op(call: ApplyBackwardCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the stack and of q."""
+    call = call._replace(widths=Widths(*call.widths))
+    return _implementation(call.backend, "apply").apply_backward(*call[:-1])
 
 
-def _remember_apply(ctx, inputs, output):
-    stack, q, ctx.widths, ctx.chunk_size, ctx.offset, ctx.backend = inputs
-    ctx.save_for_backward(stack, q)
+def _save_apply(ctx, call: ApplyCall, output: torch.Tensor) -> None:
+    ctx.save_for_backward(*call[:2])
+    ctx.settings = call[2:]
 
 
-def _differentiate_apply(ctx, d_o):
-    stack, q = ctx.saved_tensors
-    d_stack, d_q = _apply_backward_op(stack, q, d_o, ctx.widths, ctx.chunk_size, ctx.offset, ctx.backend)
-    return d_stack, d_q, None, None, None, None
+def _apply_gradients(ctx, d_o) -> dict[str, torch.Tensor]:
+    return dict(zip(("stack", "q"), _apply_backward_op(*ctx.saved_tensors, d_o, *ctx.settings)))
 
 
-_apply_op.register_autograd(_differentiate_apply, setup_context=_remember_apply)
+differentiate(_apply_op, ApplyCall, _save_apply, _apply_gradients)
 
 
 def _implementation(backend: str, part: str) -> ModuleType:
@@ -396,22 +380,3 @@ def _implementation(backend: str, part: str) -> ModuleType:
     if backend == "torch":
         return chunked
     return importlib.import_module(f"refine_kernels.lact.{_TRITON[part]}")
-
-
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """To the autocast dtype where autocast is on; float64 stays what it is, as everywhere in PyTorch."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
-
-
-def _no_autocast(q: torch.Tensor) -> contextlib.AbstractContextManager:
-    """The arithmetic inside an op chooses its own dtypes."""
-    device = q.device.type
-    return (
-        torch.autocast(device, enabled=False)
-        if torch.is_autocast_enabled(device)
-        else contextlib.nullcontext()
-    )

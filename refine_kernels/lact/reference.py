@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from refine_kernels.lact.layout import Widths, count_entries, widths_of
 from refine_kernels.lact.newton_schulz import newton_schulz
-from refine_kernels.lact.state import LaCTState, LaCTWeights, accumulation_dtype
+from refine_kernels.lact.state import LaCTState, LaCTWeights
+from refine_kernels.precision import accumulation_dtype
 
 NORM_EPS = 1e-5
 

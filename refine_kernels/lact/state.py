@@ -9,11 +9,6 @@ import torch
 from refine_kernels.lact.layout import Widths
 
 
-def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
-    """float32, or float64 for float64 inputs."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @dataclass
 class LaCTWeights:
     """Fast weights, flat (:mod:`refine_kernels.lact.layout`), in float32 (float64 for float64 inputs).

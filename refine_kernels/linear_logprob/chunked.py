@@ -33,6 +33,7 @@ import torch
 
 from refine_kernels.linear_logprob.partials import Partials, VocabGroup, combine, finish
 from refine_kernels.linear_logprob.philox import gumbel
+from refine_kernels.precision import accumulation_dtype
 
 # Rows of a product: 16 MiB of logits, or 256 rows where that is more (with 128 the products are 8% slower).
 CHUNK_BYTES = 16 << 20
@@ -268,14 +269,6 @@ def loss_and_gradients(
                 row = _softmax_(q_b, d_b)
                 entropy[rows_b] = (row.log_s - _mean(q_b, d_b, row))[:, 0]
     return (upstream.logprob * logprob).sum(), entropy, gradients
-
-
-def accumulation_dtype(
-    x: torch.Tensor,  # [N, D]
-    weight: torch.Tensor,  # [V, D]
-) -> torch.dtype:
-    """float64 when either input is, else float32."""
-    return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
 
 
 def _chunks(

@@ -7,13 +7,9 @@ verl::
 
     verl_kernel.linear_cross_entropy = integrations.verl_linear_cross_entropy
 
-TRL, before a trainer is made::
+TRL 1.16, before a trainer is made::
 
-    import trl.trainer.utils as trl_utils
-
-    trl_utils._ChunkedLogProbFunction = integrations.ChunkedLogProbFunction
-
-and likewise in the modules that have imported either name already.
+    integrations.install_in_trl()
 """
 
 from __future__ import annotations
@@ -57,49 +53,96 @@ def verl_linear_cross_entropy(
 
 
 class ChunkedLogProbFunction:
-    """What stands in ``trl.trainer.utils._ChunkedLogProbFunction``'s place: log-probs and entropies."""
+    """TRL 1.16's ``ChunkedLogProbFunction``: log-probs, entropies and three statistics of a head."""
+
+    release = "1.16"
 
     @staticmethod
     def apply(
-        last_hidden: torch.Tensor,  # [N, D]
+        hidden: torch.Tensor,  # [N, D]
         weight: torch.Tensor,  # [V, D]
-        *arguments,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both of TRL's argument orders are known, by where the integer tensor of targets stands.
+        bias: torch.Tensor | None,  # [V]
+        targets: torch.Tensor,  # [N]
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ) -> tuple[torch.Tensor | None, ...]:
+        """TRL's arguments in its order; the logits are ``z = softcap(logit_scale (x W^T + b)) / temperature``.
 
         Args:
-            last_hidden: hidden states.
-            weight: the head.
-            arguments: ``bias, targets, temperature, chunk_size[, softcap[, scale]]``, or as in earlier versions
-                ``targets, temperature, chunk_size[, scale]``. The chunk size is not looked at. ``scale``
-                multiplies the logits, before they are capped.
+            hidden, weight, bias, targets: as in :func:`~refine_kernels.linear_logprob`.
+            chunk_size: not looked at.
+            outputs: which of the last four results are wanted; log-probs always are.
 
         Returns:
-            ``(logprobs [N], entropy [N])``, float32, both with gradients.
+            ``(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1)``, each ``[N]`` or None: log-probs of the
+            targets and entropies, float32 with gradients; without gradients ``log sum_v p_v^2``, the mean of z, and
+            whether the target is the first most likely token. Each of these three costs a pass, but for the mean
+            without a softcap.
 
         Raises:
-            ValueError: neither order fits, or what ``linear_logprob`` refuses.
+            ValueError: an unknown output, a scale that is not positive, or what ``linear_logprob`` refuses.
         """
-        places = [
-            i
-            for i, a in enumerate(arguments[:2])
-            if isinstance(a, torch.Tensor) and not a.dtype.is_floating_point
-        ]
-        if not places or len(arguments) < places[0] + 3:
+        unknown = set(outputs) - {"log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"}
+        if unknown:
             raise ValueError(
-                "arguments must be (bias, targets, temperature, chunk_size, ...) or (targets, temperature, "
-                f"chunk_size, ...), got {[type(a).__name__ for a in arguments]}"
+                f"outputs must be those of TRL {ChunkedLogProbFunction.release}, got {sorted(unknown)}"
             )
-        at = places[0]
-        bias = arguments[0] if at else None
-        targets, temperature, _, *rest = arguments[at:]
-        softcap, scale = ([*rest, None, None] if at else [None, *rest, None])[:2]
-        scale = 1.0 if scale is None else scale
-        if not scale > 0:
-            raise ValueError(f"scale must be a positive number or None, got {scale!r}")
+        if not logit_scale > 0:
+            raise ValueError(f"logit_scale must be a positive number, got {logit_scale!r}")
         # cap tanh(scale z / cap) / temperature, with the scale moved into the other two
+        scaled = temperature / logit_scale
+        softcap = None if final_logit_softcapping is None else final_logit_softcapping / logit_scale
+        ask = {"bias": bias, "logit_softcap": softcap}
+        squares = mean = top = None
         out = linear_logprob(
-            last_hidden, weight, targets, bias=bias, temperature=temperature / scale, return_entropy=True,
-            logit_softcap=None if softcap is None else softcap / scale,
+            hidden, weight, targets, temperature=scaled, return_entropy="entropy" in outputs,
+            return_lse="log_sum_sq_probs" in outputs, **ask,
         )  # fmt: skip
-        return out.logprob, out.entropy
+        with torch.no_grad():
+            if "log_sum_sq_probs" in outputs:  # log sum exp(2 z) - 2 log sum exp(z)
+                doubled = linear_logprob(hidden, weight, temperature=scaled / 2, return_lse=True, **ask)
+                squares = doubled.lse - 2 * out.lse
+            if "mean_logits" in outputs:
+                mean = _mean_logits(hidden, weight, bias, softcap, scaled)
+            if "is_top1" in outputs:
+                top = linear_logprob(hidden, weight, sample=True, temperature=0.0, **ask).token == targets
+        return out.logprob, out.entropy, squares, mean, top
+
+
+def install_in_trl() -> None:
+    """Let TRL's trainers use :class:`ChunkedLogProbFunction`; call it before a trainer is made.
+
+    Raises:
+        ValueError: the installed TRL is not of the release that the class was written and tested for.
+    """
+    import trl
+    import trl.trainer.utils
+
+    if not trl.__version__.startswith(ChunkedLogProbFunction.release + "."):
+        raise ValueError(
+            f"ChunkedLogProbFunction takes the place of the one in TRL {ChunkedLogProbFunction.release}, "
+            f"got TRL {trl.__version__}, whose arguments may be others"
+        )
+    trl.trainer.utils._ChunkedLogProbFunction = ChunkedLogProbFunction
+
+
+def _mean_logits(
+    x: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None,  # [V]
+    softcap: float | None,
+    temperature: float,
+) -> torch.Tensor:  # [N]
+    """The mean of ``softcap(x W^T + b) / temperature`` over the vocabulary; at most 256 rows of it at a time."""
+    if softcap is None:
+        mean = x.float() @ weight.mean(0, dtype=torch.float32)
+        return (mean if bias is None else mean + bias.float().mean()) / temperature
+    means = []
+    for rows in x.split(256):
+        z = rows.float() @ weight.float().t()
+        z = z if bias is None else z + bias.float()
+        means.append((z / softcap).tanh().mean(-1) * (softcap / temperature))
+    return torch.cat(means)

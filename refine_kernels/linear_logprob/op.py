@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
+from refine_kernels.custom_op import custom_op, differentiate
 from refine_kernels.dispatch import choose_backend
 from refine_kernels.linear_logprob import chunked, reference
 from refine_kernels.linear_logprob.partials import VocabGroup, vocab_slices
 from refine_kernels.linear_logprob.reference import LinearLogprobOutput, resolve_seeds
+from refine_kernels.precision import accumulation_dtype, autocast
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -50,7 +53,9 @@ def linear_logprob(
             index on ties), and log-prob, entropy and lse are reported at temperature 1.
         return_entropy: also return the entropy, in nats.
         return_lse: also return the log-sum-exp of ``z / temperature``.
-        sample: also draw one token per row. Without a ``target``, ``logprob`` is the drawn token's.
+        sample: also draw one token per row. Without a ``target``, ``logprob`` is the drawn token's. A row that has
+            no distribution, because a logit is NaN or infinite, draws -1 (and its other values are NaN), which is
+            no token of any vocabulary.
         seed: for sampling: an int (row ``r`` uses ``row_seeds(seed, ...)[r]``), or one int64 per row,
             ``[...]``: such a row's token depends on its own seed, x and the weight alone, not on the batch.
             ``None`` takes a seed from PyTorch's default generator.
@@ -82,9 +87,9 @@ def linear_logprob(
         _check_seed(seed, x)
     elif target is None and not (return_entropy or return_lse):
         raise ValueError("target is None: give one, or ask for return_entropy, return_lse or sample")
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
 
-    backend = _backend(backend, x, weight, group)
+    backend = _backend(backend, x, weight, bias, group)
     if backend == "reference":
         return reference.linear_logprob(
             x, weight, target, temperature=temperature, ignore_index=ignore_index,
@@ -160,9 +165,9 @@ def linear_cross_entropy(
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
     if row_weight is not None:
         _check_row_weight(row_weight, x)
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
 
-    backend = _backend(backend, x, weight, group)
+    backend = _backend(backend, x, weight, bias, group)
     if backend == "reference":
         return reference.linear_cross_entropy(
             x, weight, target, reduction=reduction, ignore_index=ignore_index, row_weight=row_weight,
@@ -170,7 +175,7 @@ def linear_cross_entropy(
         )  # fmt: skip
     leading = x.shape[:-1]
     rows, y = _rows(x), target.reshape(-1).long()
-    dtype = chunked.accumulation_dtype(x, weight)
+    dtype = accumulation_dtype(x, weight)
     scale = torch.ones_like(y, dtype=dtype) if row_weight is None else row_weight.reshape(-1).to(dtype)  # [N]
 
     if reduction == "mean":
@@ -197,189 +202,190 @@ def linear_cross_entropy(
 # ---- the general path as a custom op ---------------------------------------------------------------------
 
 
-@torch.library.custom_op("refine_kernels::linear_logprob", mutates_args=())
-def _linear_logprob(
-    x: torch.Tensor,  # [N, D]
-    weight: torch.Tensor,  # [V, D]
-    bias: torch.Tensor | None,  # [V]
-    target: torch.Tensor | None,  # [N]
-    seed: torch.Tensor | None,  # [N]
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    need_entropy: bool,
-    need_lse: bool,
-    sample: bool,
-    backend: str = "torch",
-    group: str = "",
-    group_start: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-prob, entropy, lse, token: ``[N]``, or ``[0]`` where not needed. The lse is needed beside a group."""
-    path = _path(backend)
-    with torch.autocast(x.device.type, enabled=False):
-        return path.forward(
-            x,
-            path.head_of(x, weight, bias, softcap, temperature or 1.0),
-            target,
-            seed,
-            ignore_index=ignore_index,
-            need_logprob=target is not None or sample,
-            need_entropy=need_entropy,
-            need_lse=need_lse,
-            sample=sample,
-            greedy=temperature == 0,
-            group=_group(group, group_start),
-        )
+class LogprobCall(NamedTuple):
+    """The arguments of the general path."""
+
+    x: torch.Tensor  # [N, D]
+    weight: torch.Tensor  # [V, D]
+    bias: torch.Tensor | None  # [V]
+    target: torch.Tensor | None  # [N]
+    seed: torch.Tensor | None  # [N]
+    temperature: float
+    softcap: float | None
+    ignore_index: int
+    need_entropy: bool
+    need_lse: bool  # beside a group always
+    sample: bool
+    backend: str = "torch"
+    group: str = ""
+    group_start: int = 0
 
 
-@_linear_logprob.register_fake
-def _(x, weight, bias, target, seed, temperature, softcap, ignore_index, need_entropy, need_lse, sample,
-      backend="torch", group="", group_start=0):  # fmt: skip
-    N, dtype = x.shape[0], chunked.accumulation_dtype(x, weight)
-    values = (
-        x.new_empty(N if need else 0, dtype=dtype)
-        for need in (target is not None or sample, need_entropy, need_lse)
+class LogprobBackwardCall(NamedTuple):
+    """The arguments of its backward."""
+
+    x: torch.Tensor  # [N, D]
+    weight: torch.Tensor  # [V, D]
+    bias: torch.Tensor | None  # [V]
+    target: torch.Tensor | None  # [N]
+    entropy: torch.Tensor | None  # [N]
+    lse: torch.Tensor | None  # [N]
+    grad_logprob: torch.Tensor | None  # [N]
+    grad_entropy: torch.Tensor | None  # [N]
+    grad_lse: torch.Tensor | None  # [N]
+    temperature: float
+    softcap: float | None
+    ignore_index: int
+    need_x: bool
+    need_weight: bool
+    need_bias: bool
+    backend: str
+    group: str
+    group_start: int
+
+
+def _fake_logprob(call: LogprobCall) -> tuple[torch.Tensor, ...]:
+    N, dtype = call.x.shape[0], accumulation_dtype(call.x, call.weight)
+    needs = (call.target is not None or call.sample, call.need_entropy, call.need_lse)
+    values = (call.x.new_empty(N if need else 0, dtype=dtype) for need in needs)
+    return (*values, call.x.new_empty(N if call.sample else 0, dtype=torch.int64))
+
+
+@custom_op("linear_logprob", LogprobCall, "(Tensor, Tensor, Tensor, Tensor)", _fake_logprob)
+def _linear_logprob(call: LogprobCall) -> tuple[torch.Tensor, ...]:
+    """Log-prob, entropy, lse, token: ``[N]``, or ``[0]`` where not needed."""
+    path = _path(call.backend)
+    return path.forward(
+        call.x,
+        path.head_of(call.x, call.weight, call.bias, call.softcap, call.temperature or 1.0),
+        call.target,
+        call.seed,
+        ignore_index=call.ignore_index,
+        need_logprob=call.target is not None or call.sample,
+        need_entropy=call.need_entropy,
+        need_lse=call.need_lse,
+        sample=call.sample,
+        greedy=call.temperature == 0,
+        group=_group(call.group, call.group_start),
     )
-    return (*values, x.new_empty(N if sample else 0, dtype=torch.int64))
 
 
-@torch.library.custom_op("refine_kernels::linear_logprob_backward", mutates_args=())
-def _linear_logprob_backward(
-    x: torch.Tensor,  # [N, D]
-    weight: torch.Tensor,  # [V, D]
-    bias: torch.Tensor | None,  # [V]
-    target: torch.Tensor | None,  # [N]
-    entropy: torch.Tensor | None,  # [N]
-    lse: torch.Tensor | None,  # [N]
-    grad_logprob: torch.Tensor | None,  # [N]
-    grad_entropy: torch.Tensor | None,  # [N]
-    grad_lse: torch.Tensor | None,  # [N]
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-    backend: str,
-    group: str,
-    group_start: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _fake_logprob_backward(call: LogprobBackwardCall) -> tuple[torch.Tensor, ...]:
+    x, weight, bias = call[:3]
+    bias_dtype = accumulation_dtype(x, weight) if bias is None else bias.dtype
+    return (
+        x.new_empty(x.shape if call.need_x else 0),
+        weight.new_empty(weight.shape if call.need_weight else 0),
+        weight.new_empty(weight.shape[0] if call.need_bias else 0, dtype=bias_dtype),
+    )
+
+
+@custom_op("linear_logprob_backward", LogprobBackwardCall, "(Tensor, Tensor, Tensor)", _fake_logprob_backward)
+def _linear_logprob_backward(call: LogprobBackwardCall) -> tuple[torch.Tensor, ...]:
     """dx ``[N, D]``, dW ``[V, D]``, db ``[V]``, dtypes of x, weight and bias; ``[0]`` where not needed."""
+    x, weight, bias, grad_logprob = *call[:3], call.grad_logprob
     if grad_logprob is None:
-        grad_logprob = x.new_zeros(x.shape[0], dtype=chunked.accumulation_dtype(x, weight))
-    path = _path(backend)
-    with torch.autocast(x.device.type, enabled=False):
-        gradients = path.backward(
-            x,
-            path.head_of(x, weight, bias, softcap, temperature or 1.0),
-            target,
-            chunked.Upstream(grad_logprob, grad_entropy, grad_lse, entropy),
-            ignore_index=ignore_index,
-            needs=(need_x, need_weight, need_bias),
-            lse=lse,
-            group=_group(group, group_start),
-        )
+        grad_logprob = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x, weight))
+    path = _path(call.backend)
+    gradients = path.backward(
+        x,
+        path.head_of(x, weight, bias, call.softcap, call.temperature or 1.0),
+        call.target,
+        chunked.Upstream(grad_logprob, call.grad_entropy, call.grad_lse, call.entropy),
+        ignore_index=call.ignore_index,
+        needs=(call.need_x, call.need_weight, call.need_bias),
+        lse=call.lse,
+        group=_group(call.group, call.group_start),
+    )
     bias_dtype = gradients.bias.dtype if bias is None else bias.dtype
     return gradients.x.to(x.dtype), gradients.weight.to(weight.dtype), gradients.bias.to(bias_dtype)
 
 
-@_linear_logprob_backward.register_fake
-def _(x, weight, bias, target, entropy, lse, grad_logprob, grad_entropy, grad_lse, temperature, softcap,
-      ignore_index, need_x, need_weight, need_bias, backend, group, group_start):  # fmt: skip
-    bias_dtype = chunked.accumulation_dtype(x, weight) if bias is None else bias.dtype
-    return (
-        x.new_empty(x.shape if need_x else 0),
-        weight.new_empty(weight.shape if need_weight else 0),
-        weight.new_empty(weight.shape[0] if need_bias else 0, dtype=bias_dtype),
-    )
-
-
-def _linear_logprob_setup(ctx, inputs, output):
-    x, weight, bias, target, _, temperature, softcap, ignore_index, need_entropy, need_lse, sample, *where = (
-        inputs
-    )
+def _save_logprob(ctx, call: LogprobCall, output: tuple[torch.Tensor, ...]) -> None:
     _, entropy, lse, token = output
-    y = token if target is None and sample else target
-    ctx.save_for_backward(x, weight, bias, y, entropy if need_entropy else None, lse if where[1] else None)
-    ctx.asked = (y is not None, need_entropy, need_lse)
-    ctx.settings, ctx.where = (temperature, softcap, ignore_index), where
-    ctx.set_materialize_grads(False)
+    y = token if call.target is None and call.sample else call.target
+    entropy, lse = entropy if call.need_entropy else None, lse if call.group else None
+    ctx.save_for_backward(*call[:3], y, entropy, lse)
+    ctx.asked = (y is not None, call.need_entropy, call.need_lse)
+    ctx.settings = (call.temperature, call.softcap, call.ignore_index)
+    ctx.where = (call.backend, call.group, call.group_start)
 
 
-def _linear_logprob_gradients(ctx, grad_logprob, grad_entropy, grad_lse, _):
+def _logprob_gradients(ctx, grad_logprob, grad_entropy, grad_lse, _) -> dict[str, torch.Tensor]:
     upstream = (g if asked else None for g, asked in zip((grad_logprob, grad_entropy, grad_lse), ctx.asked))
     needs = ctx.needs_input_grad[:3]
     gradients = _linear_logprob_backward(*ctx.saved_tensors, *upstream, *ctx.settings, *needs, *ctx.where)
-    return *(g if need else None for g, need in zip(gradients, needs)), *[None] * 11
+    return {name: g for name, g, need in zip(LogprobCall._fields, gradients, needs) if need}
 
 
-_linear_logprob.register_autograd(_linear_logprob_gradients, setup_context=_linear_logprob_setup)
+differentiate(_linear_logprob, LogprobCall, _save_logprob, _logprob_gradients)
 
 
 # ---- the dense path as a custom op -----------------------------------------------------------------------
 
 
-@torch.library.custom_op("refine_kernels::dense_cross_entropy", mutates_args=())
-def _dense_cross_entropy(
-    x: torch.Tensor,  # [N, D]
-    weight: torch.Tensor,  # [V, D]
-    bias: torch.Tensor | None,  # [V]
-    target: torch.Tensor,  # [N]
-    row_scale: torch.Tensor,  # [N]
-    softcap: float | None,
-    ignore_index: int,
-    need_entropy: bool,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-    backend: str = "torch",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+class DenseCall(NamedTuple):
+    """The arguments of the dense path."""
+
+    x: torch.Tensor  # [N, D]
+    weight: torch.Tensor  # [V, D]
+    bias: torch.Tensor | None  # [V]
+    target: torch.Tensor  # [N]
+    row_scale: torch.Tensor  # [N]
+    softcap: float | None
+    ignore_index: int
+    need_entropy: bool
+    need_x: bool
+    need_weight: bool
+    need_bias: bool
+    backend: str = "torch"
+
+
+def _fake_dense(call: DenseCall) -> tuple[torch.Tensor, ...]:
+    x, weight = call[:2]
+    shapes = [(), x.shape[:1], x.shape, weight.shape, weight.shape[:1]]
+    needed = [True, call.need_entropy, call.need_x, call.need_weight, call.need_bias]
+    dtype = accumulation_dtype(x, weight)
+    return tuple(x.new_empty(shape if need else 0, dtype=dtype) for shape, need in zip(shapes, needed))
+
+
+@custom_op("dense_cross_entropy", DenseCall, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_dense)
+def _dense_cross_entropy(call: DenseCall) -> tuple[torch.Tensor, ...]:
     """Loss ``[]``, entropy ``[N]``, and the loss's dx, dW, db, float32 (float64); ``[0]`` where not needed.
 
     The gradients stay float32 until the backward has multiplied them by the upstream scalar: rounded once,
     and a loss scale for float16 still finds what is below float16's range.
     """
-    path = _path(backend)
-    with torch.autocast(x.device.type, enabled=False):
-        loss, entropy, gradients = path.loss_and_gradients(
-            x,
-            path.head_of(x, weight, bias, softcap),
-            target,
-            row_scale,
-            ignore_index=ignore_index,
-            need_entropy=need_entropy,
-            needs=(need_x, need_weight, need_bias),
-        )
+    path = _path(call.backend)
+    loss, entropy, gradients = path.loss_and_gradients(
+        call.x,
+        path.head_of(call.x, call.weight, call.bias, call.softcap),
+        call.target,
+        call.row_scale,
+        ignore_index=call.ignore_index,
+        need_entropy=call.need_entropy,
+        needs=(call.need_x, call.need_weight, call.need_bias),
+    )
     return loss, entropy, gradients.x, gradients.weight, gradients.bias
 
 
-@_dense_cross_entropy.register_fake
-def _(x, weight, bias, target, row_scale, softcap, ignore_index, need_entropy, need_x, need_weight, need_bias,
-      backend="torch"):  # fmt: skip
-    dtype = chunked.accumulation_dtype(x, weight)
-    shapes = [(), x.shape[:1], x.shape, weight.shape, weight.shape[:1]]
-    needed = [True, need_entropy, need_x, need_weight, need_bias]
-    return tuple(x.new_empty(shape if need else 0, dtype=dtype) for shape, need in zip(shapes, needed))
-
-
-def _dense_setup(ctx, inputs, output):
-    x, weight, bias, *_ = inputs
+def _save_dense(ctx, call: DenseCall, output: tuple[torch.Tensor, ...]) -> None:
     ctx.save_for_backward(*output[2:])
-    ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-    ctx.set_materialize_grads(False)
+    ctx.dtypes = [None if x is None else x.dtype for x in call[:3]]
 
 
-def _dense_gradients(ctx, grad_loss, *_):
+def _dense_gradients(ctx, grad_loss, *_) -> dict[str, torch.Tensor]:
     if grad_loss is None:
-        return (None,) * 12
-    gradients = [
-        torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=dtype)) if need else None
-        for gradient, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3])
-    ]
-    return *gradients, *[None] * 9
+        return {}
+    inputs = zip(DenseCall._fields, ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3])
+    return {
+        name: torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=dtype))
+        for name, gradient, dtype, need in inputs
+        if need
+    }
 
 
-_dense_cross_entropy.register_autograd(_dense_gradients, setup_context=_dense_setup)
+differentiate(_dense_cross_entropy, DenseCall, _save_dense, _dense_gradients)
 
 
 # ---- paths and groups ------------------------------------------------------------------------------------
@@ -389,14 +395,14 @@ def _backend(
     backend: str | None,
     x: torch.Tensor,  # [..., D]
     weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None,  # [V]
     group: VocabGroup | None,
 ) -> str:
     """``"triton"``, ``"torch"`` or ``"reference"``."""
-    backend = choose_backend(backend, x, ("triton", "torch", "reference"))
+    backend = choose_backend(backend, accumulation_dtype(x, weight), x, weight, bias)
     if backend == "reference" and group is not None:
         raise ValueError("backend must be 'triton' or 'torch' beside a process_group, got 'reference'")
-    double = chunked.accumulation_dtype(x, weight) == torch.float64
-    return "torch" if backend == "triton" and double else backend
+    return backend
 
 
 def _path(backend: str) -> ModuleType:
@@ -435,15 +441,6 @@ def _rows(
     x: torch.Tensor,  # [..., D]
 ) -> torch.Tensor:  # [N, D]
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Under autocast the tensors in its dtype (float64 is left alone, as autocast leaves it)."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
 def _check_head(
@@ -495,7 +492,7 @@ def _check_target(
             f"got {_described(target)}"
         )
     _check_device("target", target, x)
-    if torch.compiler.is_compiling():  # values are not known while tracing
+    if torch.compiler.is_compiling() or target.is_meta:  # no values
         return
     wrong = (target != ignore_index) & ((target < 0) | (target >= V))
     if wrong.any():

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from refine_kernels.linear_logprob.reference import NO_TOKEN
+
 
 class Partials(NamedTuple):
     """Of one part's scaled logits ``q``, per row; ``None`` where not needed. ``[N]``, or ``[S, N]`` for S parts.
@@ -103,6 +105,8 @@ def finish(
     """Log-prob, entropy, lse and token, each ``[N]``, or ``[0]`` where not needed."""
     m, log_s, e, q_y, _, token = part
     logprob = m.new_empty(0) if q_y is None else q_y - m - log_s
+    if token is not None:
+        token = torch.where((m + log_s).isfinite(), token, NO_TOKEN)
     if q_y is not None and target is not None:
         logprob = torch.where(target != ignore_index, logprob, 0.0)
     return (

@@ -18,6 +18,9 @@ from typing import NamedTuple
 import torch
 
 from refine_kernels.linear_logprob.philox import gumbel, row_seeds
+from refine_kernels.precision import accumulation_dtype, no_autocast
+
+NO_TOKEN = -1  # what a row without a distribution draws: no token of any vocabulary
 
 
 class LinearLogprobOutput(NamedTuple):
@@ -27,7 +30,7 @@ class LinearLogprobOutput(NamedTuple):
         logprob: log-probability of the target, or of the drawn token where no target was given. float32.
         entropy: entropy of the distribution over the vocabulary, in nats. float32.
         lse: log-sum-exp of ``logits / temperature``. float32.
-        token: the drawn token. int64.
+        token: the drawn token; -1 for a row that has no distribution (a logit is NaN or +inf). int64.
     """
 
     logprob: torch.Tensor | None
@@ -63,7 +66,7 @@ def linear_logprob(
     if target is not None:
         logprob = _at_target(log_p, target, ignore_index)
     else:  # a drawn token is never ignored, whatever its number
-        logprob = log_p.gather(-1, token[..., None]).squeeze(-1) if sample else None
+        logprob = log_p.gather(-1, token.clamp_min(0)[..., None]).squeeze(-1) if sample else None
     entropy = -(log_p.exp() * log_p).sum(-1) if return_entropy else None
     lse = q.logsumexp(-1) if return_lse else None
     return LinearLogprobOutput(logprob, entropy, lse, token)
@@ -108,14 +111,16 @@ def draw(
     """One token per row from ``softmax(z / temperature)`` by the Gumbel-max trick; lowest index on ties.
 
     Row ``r`` uses ``seed[r]``, or ``row_seeds(seed, ...)[r]`` for an int; its noise at column ``v`` is
-    ``gumbel(seed[r], v)``. Temperature 0 takes the arg-max and needs no seed.
+    ``gumbel(seed[r], v)``. Temperature 0 takes the arg-max and needs no seed. A row that has no
+    distribution draws -1.
     """
     if temperature == 0:
-        return z.argmax(-1)
-    seeds = resolve_seeds(seed, z.shape[:-1], z.device)
-    columns = torch.arange(z.shape[-1], device=z.device)
-    noise = gumbel(seeds[..., None], columns)  # [..., V]
-    return (z / temperature + noise).argmax(-1)
+        scores = z
+    else:
+        seeds = resolve_seeds(seed, z.shape[:-1], z.device)
+        columns = torch.arange(z.shape[-1], device=z.device)
+        scores = z / temperature + gumbel(seeds[..., None], columns)  # [..., V]
+    return torch.where(z.logsumexp(-1).isfinite(), scores.argmax(-1), NO_TOKEN)
 
 
 def resolve_seeds(
@@ -135,8 +140,8 @@ def _logits(
     bias: torch.Tensor | None,  # [V]
     logit_softcap: float | None,
 ) -> torch.Tensor:  # [..., V]
-    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    dtype = accumulation_dtype(x, weight)
+    with no_autocast(x):
         z = x.to(dtype) @ weight.to(dtype).t()
     if bias is not None:
         z = z + bias.to(dtype)

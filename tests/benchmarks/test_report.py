@@ -1,4 +1,4 @@
-"""What the benchmarks say of themselves: counts against PyTorch's own, and a README drawn from files alone."""
+"""What the benchmarks say of themselves: counts against PyTorch's own, a page of results drawn from files alone."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_records_are_found_by_kind_and_device(tmp_path, monkeypatch):
 
 
 def test_the_report_needs_its_markers():
-    with pytest.raises(ValueError, match=r"README\.md must hold the lines"):
-        report.renewed("# a README\n")
+    with pytest.raises(ValueError, match=r"docs/results\.md must hold the lines"):
+        report.renewed("# a page\n")
 
 
 def test_two_runs_are_compared_on_one_machine():
@@ -100,6 +100,8 @@ def test_a_large_models_table():
 def test_the_readme_is_drawn_from_the_results():
     """Every number between the markers comes from a results file or a count."""
     if not torch.__version__.startswith("2.13"):
-        pytest.skip("what autograd keeps differs between versions of PyTorch; the README counts with 2.13")
-    readme = (report.ROOT / "README.md").read_text(encoding="utf-8")
+        pytest.skip(
+            "what autograd keeps differs between versions of PyTorch; docs/results.md counts with 2.13"
+        )
+    readme = (report.ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert report.renewed(readme) == readme, "run python -m benchmarks.report"

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from refine.training.data import DataConfig, DataError, held_out_stream, training_stream
-from refine.training.default_text import default_documents, default_names, stable_hash
-from refine.training.recall import QUESTION_FORMATS, VALUE_KINDS, recall_document, recall_items
-from refine.training.sources import BadRow, open_source
-from refine.training.tokenizer import train_tokenizer
+from refine.data.default_text import default_documents, default_names
+from refine.data.document import DataError, stable_hash
+from refine.data.recall_documents import QUESTION_FORMATS, VALUE_KINDS, recall_document, recall_items
+from refine.data.sources import BadRow, open_source
+from refine.data.stream import DataConfig, held_out_stream, training_stream
+from refine.data.tokenizer import train_tokenizer
 
 ASSETS = Path(__file__).resolve().parents[2] / "refine" / "assets" / "tiny-delta-net"
 
@@ -172,7 +173,7 @@ def test_tokenizer_has_one_special_token_and_single_digits(tokenizer):
 
 def test_training_a_tokenizer(monkeypatch):
     texts = ["def red_fox(): return 482\n" * 40]
-    monkeypatch.setattr("refine.training.tokenizer._training_text", lambda: iter(texts))
+    monkeypatch.setattr("refine.data.tokenizer._training_text", lambda: iter(texts))
     small = train_tokenizer(300)
     assert len(small) <= 300 and small.decode(small(texts[0])["input_ids"]) == texts[0]
     assert small.backend_tokenizer.to_str() == train_tokenizer(300).backend_tokenizer.to_str()

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from refine.data.document import cut_middle
 from refine.evaluation.metrics import rouge_l, token_f1
-from refine.evaluation.tasks.item import cut_middle
 from refine.evaluation.tasks.longbench import LEFT_OUT, LONGBENCH_TASKS, longbench_items
 from refine.evaluation.tasks.qa import qa_items
 from refine.evaluation.tasks.rows import BadRows, Columns
-from refine.training.parts import packaged_model
+from refine.prepare import packaged_model
 
 ALL = tuple(LONGBENCH_TASKS)
 
@@ -197,7 +197,7 @@ def test_training_prompts_are_written_as_the_test_files_are(shared_data):
     import re
 
     parquet = pytest.importorskip("pyarrow.parquet")
-    from refine.training.pairs import _qa_prompt
+    from refine.data.pairs import _qa_prompt
 
     for path in sorted((shared_data / "ruler_qa").glob("*.parquet")):
         for row in parquet.read_table(path).slice(0, 5).to_pylist():

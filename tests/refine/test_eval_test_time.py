@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from refine import RefineConfig, refine_step
-from refine.evaluation.test_time import PromptTrainer, Snapshot
-from refine.method.step import next_token_targets
+from refine.data.document import stable_hash
+from refine.evaluation.prompt_training import PromptTrainer, Snapshot
+from refine.method import next_token_targets
 from refine.models.head import NextTokenLoss
-from refine.training.default_text import stable_hash
+from refine.prepare import OptimizerSettings
 from refine_kernels.linear_logprob import mix_seeds
 from tests.refine.tiny import FAMILIES, VOCABULARY, tiny_model
 
@@ -31,7 +32,9 @@ def bits(model) -> dict[str, bytes]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_and_optimizer_come_back_bit_for_bit(family, kind):
     model = tiny_model(family, torch.float32).eval()
-    trainer = PromptTrainer(model, CONFIG, kind=kind, steps=2, learning_rate=1e-2)
+    trainer = PromptTrainer(
+        model, CONFIG, kind=kind, steps=2, optimizer=OptimizerSettings(learning_rate=1e-2)
+    )
     before = bits(model)
     for _ in range(2):
         with trainer.adapted(prompts(90, 60), ["a", "b"]) as trained:
@@ -48,7 +51,7 @@ def test_weights_and_optimizer_come_back_bit_for_bit(family, kind):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_they_come_back_after_an_exception(error):
     model = tiny_model(dtype=torch.float32).eval()
-    trainer = PromptTrainer(model, CONFIG, learning_rate=1e-2)
+    trainer = PromptTrainer(model, CONFIG, optimizer=OptimizerSettings(learning_rate=1e-2))
     before = bits(model)
     with pytest.raises(error), trainer.adapted(prompts(80), ["a"]):
         assert bits(model) != before
@@ -58,7 +61,7 @@ def test_they_come_back_after_an_exception(error):
 
 def test_they_come_back_when_training_itself_is_stopped(monkeypatch):
     model = tiny_model(dtype=torch.float32).eval()
-    trainer = PromptTrainer(model, CONFIG, steps=3, learning_rate=1e-2)
+    trainer = PromptTrainer(model, CONFIG, steps=3, optimizer=OptimizerSettings(learning_rate=1e-2))
     before, step, calls = bits(model), trainer.optimizer.step, []
 
     def step_then_stop(*arguments):
@@ -76,7 +79,7 @@ def test_they_come_back_when_training_itself_is_stopped(monkeypatch):
 
 def test_they_come_back_when_restoring_is_stopped(monkeypatch):
     model = tiny_model(dtype=torch.float32).eval()
-    trainer = PromptTrainer(model, CONFIG, learning_rate=1e-2)
+    trainer = PromptTrainer(model, CONFIG, optimizer=OptimizerSettings(learning_rate=1e-2))
     before, restore, calls = bits(model), Snapshot.restore, []
 
     def stop_first(self):
@@ -93,7 +96,7 @@ def test_they_come_back_when_restoring_is_stopped(monkeypatch):
 
 def test_a_snapshot_brings_back_an_optimizer_that_has_worked():
     model = tiny_model(dtype=torch.float32)
-    trainer = PromptTrainer(model, CONFIG, learning_rate=1e-2)
+    trainer = PromptTrainer(model, CONFIG, optimizer=OptimizerSettings(learning_rate=1e-2))
     trainer.train(prompts(80), ["a"])
     weights, state = bits(model), copy.deepcopy(trainer.optimizer.state_dict())
     snapshot = Snapshot(model, trainer.optimizer)
@@ -136,8 +139,10 @@ def test_a_step_is_one_adamw_step_of_the_mean_loss(kind):
         torch.nn.utils.clip_grad_norm_(expected.parameters(), 0.05)
         optimizer.step()
     trainer = PromptTrainer(
-        model, CONFIG, kind=kind, steps=2, learning_rate=1e-2, betas=(0.8, 0.9), weight_decay=0.1,
-        max_grad_norm=0.05, seed=7,
+        model, CONFIG, kind=kind, steps=2, seed=7,
+        optimizer=OptimizerSettings(
+            learning_rate=1e-2, adam_beta1=0.8, adam_beta2=0.9, weight_decay=0.1, max_grad_norm=0.05
+        ),
     )  # fmt: skip
     assert trainer.train(batch, keys) == 2
     for (name, found), wanted in zip(model.named_parameters(), expected.parameters()):
@@ -151,14 +156,16 @@ def test_a_step_by_segments_is_the_same():
         for length in (None, 64):
             model = tiny_model()
             config = RefineConfig(num_chunks=2, reward="binary", segment_length=length)
-            PromptTrainer(model, config, kind=kind, learning_rate=1e-2).train(batch, ["a"])
+            PromptTrainer(model, config, kind=kind, optimizer=OptimizerSettings(learning_rate=1e-2)).train(
+                batch, ["a"]
+            )
             weights[kind, length] = torch.cat([p.detach().flatten() for p in model.parameters()])
         torch.testing.assert_close(weights[kind, None], weights[kind, 64], rtol=1e-6, atol=1e-8)
 
 
 def test_short_prompts_are_left_out_and_bad_updates_skipped():
     model = tiny_model(dtype=torch.float32)
-    trainer = PromptTrainer(model, CONFIG, learning_rate=1e-2)
+    trainer = PromptTrainer(model, CONFIG, optimizer=OptimizerSettings(learning_rate=1e-2))
     before = bits(model)
     assert trainer.least_tokens == CONFIG.min_tokens == 40
     assert trainer.train(prompts(39, 5), ["a", "b"]) == 0

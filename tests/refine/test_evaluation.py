@@ -11,11 +11,11 @@ from transformers import AutoTokenizer
 
 import refine.eval
 from refine import RefineConfig
+from refine.data.recall_documents import RecallItem
+from refine.data.stream import Batch
 from refine.evaluation.held_out import evaluate_held_out
 from refine.evaluation.recall import evaluate_copying, evaluate_recall
-from refine.training.data import Batch
-from refine.training.parts import packaged_model
-from refine.training.recall import RecallItem
+from refine.prepare import packaged_model
 from tests.refine.tiny import ragged_batch, tiny_model
 
 

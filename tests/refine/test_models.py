@@ -20,7 +20,7 @@ from refine.models import (
     new_model,
 )
 from refine.models.head import HiddenOnly, NextTokenLoss, SampleToken, TokenLogprob
-from refine.training.parts import packaged_model
+from refine.prepare import packaged_model
 from tests.numerics import assert_close
 from tests.refine.tiny import DELTA_RULE, FAMILIES, VOCABULARY, ragged_batch, tiny_model
 

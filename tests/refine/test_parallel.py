@@ -6,6 +6,7 @@ The processes are real (gloo); what they find is written to a file and checked h
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import socket
@@ -16,11 +17,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from refine import RefineConfig, refine_step
-from refine.method.segments import read_next_tokens, read_with_rollouts
-from refine.method.step import next_token_targets
-from refine.models.head import NextTokenLoss
+from refine.method import Sequences, next_token_loss
 from refine.training.parallel import clip_gradients, full_weights, join_world, unwrap, wrap
-from tests.numerics import assert_close, relative_error
+from tests.numerics import assert_gradients_close, relative_error
 from tests.refine.tiny import FAMILIES, VOCABULARY, ragged_batch, tiny_model
 
 CONFIG = RefineConfig(num_chunks=5, rollout_length=4, reward="hybrid", lambda_rl=1.0)
@@ -66,20 +65,11 @@ def loss_of(model, kind: str, rows: list[int], segment: int | None) -> torch.Ten
     ids, mask = ragged_batch(205, 160, 190, 170)
     rollouts = torch.randint(VOCABULARY, (4, 5, 1, 4))[rows]
     ids, mask = ids[rows], mask[rows]
-    lengths, positions = mask.sum(1), POSITIONS[rows]
-    targets, weight = next_token_targets(ids, lengths)
     if kind == "sft":
-        if segment:
-            return read_next_tokens(model, ids, targets, weight, segment).ntp_loss
-        return model(ids, use_cache=False, head=NextTokenLoss(targets, weight)).loss
-    if segment:
-        seeds = torch.zeros(len(ids), dtype=torch.int64)
-        found = read_with_rollouts(
-            model, ids, lengths, targets, weight, CONFIG, segment, seeds, positions, rollouts
-        )
-        return found.ntp_loss + found.logprobs.mean()
-    given = {"attention_mask": mask, "positions": positions, "rollouts": rollouts}
-    return refine_step(model, ids, CONFIG, **given).loss
+        return next_token_loss(model, Sequences.of(ids, mask).labelled(), segment)
+    config = dataclasses.replace(CONFIG, segment_length=segment)
+    given = {"attention_mask": mask, "positions": POSITIONS[rows], "rollouts": rollouts}
+    return refine_step(model, ids, config, **given).loss
 
 
 def one_process(
@@ -187,8 +177,7 @@ def check(found, expected, case) -> None:
         whole = [torch.cat([g[n].flatten() for n in right]) for g in (gradients, right)]
         assert 0 < relative_error(*whole) < 2e-2
         return
-    for n, grad in right.items():
-        assert_close(gradients[n], grad, 1e-5, n)
+    assert_gradients_close(gradients, right, 1e-5)
 
 
 @pytest.mark.parametrize("case", FAST, ids=name)

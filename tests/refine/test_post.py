@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-import refine.train as training
-from refine.training.data import DataConfig, DataError
-from refine.training.pairs import PairColumns, training_pairs
+from refine.data.document import DataError
+from refine.data.pairs import PairColumns, training_pairs
+from refine.data.stream import DataConfig
+from refine.prepare import ModelSettings, load_model_and_tokenizer, packaged_model
 from refine.training.parallel import World
-from refine.training.parts import packaged_model
+from refine.training.phases import Phase
+from refine.training.settings import TrainSettings
 from refine.training.tracking import read_metrics
 from tests.refine.test_train import run, weights
 from tests.refine.test_train_parallel import SHORT, check_same, torchrun
@@ -87,8 +88,7 @@ def test_every_answer_token_weighs_the_same(tmp_path, tokenizer):
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     config = DataConfig(dataset_name_or_path=str(path), max_length=400, shuffle_buffer=1, eval_fraction=0)
-    model = training.load_parts(SimpleNamespace(model_type=None, model_name_or_path=None,
-                                                tokenizer_name_or_path=None), None)[0]  # fmt: skip
+    model, _ = load_model_and_tokenizer(ModelSettings())
     stream = training_pairs(config, PairColumns(), tokenizer).batches(1)
     batches = [next(stream), next(stream)]
     expected, count = 0.0, 0
@@ -101,10 +101,9 @@ def test_every_answer_token_weighs_the_same(tmp_path, tokenizer):
             logits = model(batch.full_ids).logits[0, length - 1 : -1].double()
         expected -= logits.log_softmax(-1).gather(1, answer[:, None]).sum().item()
         count += len(answer)
-    settings = SimpleNamespace(bf16=False, segment_length=None, max_grad_norm=1.0)
+    settings = TrainSettings(phase="post", prompt_step="none", max_grad_norm=1.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    world = World(device=torch.device("cpu"))
-    found = training._answer_update(model, batches, optimizer, settings, world, {})
+    found, _ = Phase(settings, model, optimizer, World(device=torch.device("cpu"))).update(batches, [], 0)
     assert found["answer_loss"] == pytest.approx(expected / count, rel=1e-4)
 
 

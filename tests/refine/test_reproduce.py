@@ -9,11 +9,10 @@ import pytest
 
 import refine
 from refine import reproduce
-from refine.reproduce import Stage, load_published, load_row, make_tables
-from refine.training.settings import SettingsError
+from refine.reproduce import PUBLISHED as PAPER_NUMBERS
+from refine.reproduce import Stage, expand_names, load_published, load_row, make_tables, row_names
+from refine.settings import SettingsError
 
-PAPER = Path(__file__).parents[2] / "configs" / "paper"
-ROWS = sorted(path for path in PAPER.glob("*.yaml") if path.name != "published.yaml")
 TINY = Path(refine.__file__).parent / "assets" / "tiny-delta-net"
 BASE = """
 table: needles
@@ -40,33 +39,40 @@ def write_rows(folder: Path, **rows: str) -> list[str]:
 
 def test_every_row_of_the_paper_is_valid_and_has_its_table():
     """Labels that the paper's numbers are known of are exactly labels of rows."""
-    rows = [load_row(path) for path in ROWS]
-    published = load_published(PAPER / "published.yaml")
-    assert len({(row.table, row.label) for row in rows}) == len(rows) >= 50
+    rows = [load_row(name) for name in row_names()]
+    published = load_published(PAPER_NUMBERS)
+    assert len({(row.table, row.label) for row in rows}) == len(rows) == 60
     labels = {(row.table, row.label) for row in rows}
     known = {(table, label) for table, about in published.items() for label in about.get("rows") or {}}
     assert known <= labels
-    record, _ = make_tables(rows, PAPER / "nowhere", published)
+    record, _ = make_tables(rows, Path("nowhere"), published)
     assert set(record) == set(published)
 
 
 def test_rows_share_stages():
     """The ablations' default is the row of Table 3; post-training starts from the same mid-training."""
-    named = {path.stem: [stage.name for stage in load_row(path).stages] for path in ROWS}
+    named = {name: [stage.name for stage in load_row(name).stages] for name in row_names()}
     assert named["ablation_c_lact_8"] == named["ablation_k_lact_5"] == named["table3_lact_refine"]
     assert named["table4_lact_refine_nested_refine"][0] == named["table5_lact_refine_ttt_refine"][0]
     assert named["table3_lact_refine"][0] != named["table3_lact_sft"][0]
     assert len(named["table3_lact_none"]) == 1
 
 
+def test_rows_are_named_as_their_files_once_were():
+    assert expand_names("table3_lact_refine") == expand_names("configs/paper/table3_lact_refine.yaml")
+    assert len(expand_names("configs/paper/table4_lact_*.yaml")) == 7
+    with pytest.raises(SettingsError, match="'table3_lact_refin': did you mean 'table3_lact_refine'"):
+        expand_names("table3_lact_refin")
+
+
 def test_processes_keep_the_batch():
-    stage = load_row(PAPER / "table3_lact_refine.yaml", processes=8).stages[0]
+    stage = load_row("table3_lact_refine", processes=8).stages[0]
     assert (stage.settings["gradient_accumulation_steps"], stage.settings["parallel"]) == (4, "ddp")
-    assert stage.name == load_row(PAPER / "table3_lact_refine.yaml").stages[0].name
+    assert stage.name == load_row("table3_lact_refine").stages[0].name
     with pytest.raises(
         SettingsError, match="nproc_per_node must divide gradient_accumulation_steps=32, got 5"
     ):
-        load_row(PAPER / "table3_lact_refine.yaml", processes=5)
+        load_row("table3_lact_refine", processes=5)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +83,7 @@ def test_processes_keep_the_batch():
         ("stages: {test: null}", "the last stage must be an evaluation"),
         ("stages: {mid: {train: {dataset_name_or_path: $tex}}}", "unknown placeholder '\\$tex'.*'text'"),
         ("tabel: 3", "unknown key 'tabel': did you mean 'table'"),
+        ("stages: [1]", "stages must be a mapping, got list"),
         ("family: mamba", "family must be one of lact, delta_net, got 'mamba'"),
     ],
 )

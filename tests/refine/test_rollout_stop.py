@@ -10,8 +10,9 @@ import torch
 from refine import RefineConfig, refine_step
 from refine.method.objective import group_advantages, policy_loss
 from refine.method.rewards import binary, cosine
-from refine.method.rollout import rollout_lengths
-from refine.training.settings import SettingsError, parse_settings
+from refine.method.rollouts import Rollouts, rollout_lengths
+from refine.settings import SettingsError
+from refine.training.settings import parse_settings
 from tests.numerics import assert_close
 from tests.refine.tiny import FAMILIES, VOCABULARY, ragged_batch, tiny_model
 
@@ -36,7 +37,6 @@ def test_lengths_by_hand():
     )
     # the first token always counts; a sure second one ends the rollout whatever comes behind
     assert rollout_lengths(entropy, 1.0).tolist() == [4, 1, 3, 4]
-    assert rollout_lengths(entropy, None).tolist() == [4] * 4
     assert rollout_lengths(entropy, 9.0).tolist() == [1] * 4
     assert rollout_lengths(entropy[:, :1], 9.0).tolist() == [1] * 4
 
@@ -148,25 +148,21 @@ def test_ends_given_for_off_policy_updates_are_kept():
     config = dataclasses.replace(config, rollout_stop_entropy=middle_entropy(model, ids, mask, config))
     with torch.no_grad():
         draw = refine_step(model, ids, config, attention_mask=mask)
-    given = {
-        "positions": draw.positions, "rollouts": draw.rollouts, "old_logprobs": draw.logprobs,
-        "advantages": draw.advantages, "rollout_lengths": draw.rollout_lengths,
-    }  # fmt: skip
-    same = refine_step(model, ids, config, attention_mask=mask, **given)
-    assert_close(same.loss, draw.loss, 1e-10, "loss")
-    given["rollout_lengths"] = torch.ones_like(draw.rollout_lengths)
-    assert refine_step(
-        model, ids, config, attention_mask=mask, **given
-    ).rollout_lengths.unique().tolist() == [1]
-    for wrong, message in ((0, "between 1 and"), (6, "between 1 and")):
-        given["rollout_lengths"] = torch.full_like(draw.rollout_lengths, wrong)
-        with pytest.raises(ValueError, match=message):
-            refine_step(model, ids, config, attention_mask=mask, **given)
-    given["rollout_lengths"] = draw.rollout_lengths[:1]
-    with pytest.raises(ValueError, match="rollout_lengths must have shape"):
-        refine_step(model, ids, config, attention_mask=mask, **given)
+
+    def again(rollouts: Rollouts):
+        return refine_step(model, ids, config, attention_mask=mask, rollouts=rollouts)
+
+    assert_close(again(draw.drawn).loss, draw.loss, 1e-10, "loss")
+    ones = torch.ones_like(draw.rollout_lengths)
+    shortest = dataclasses.replace(draw.drawn, lengths=ones)
+    assert again(shortest).rollout_lengths.unique().tolist() == [1]
+    for wrong in (0, 6):
+        with pytest.raises(ValueError, match="between 1 and"):
+            again(dataclasses.replace(draw.drawn, lengths=wrong * ones))
+    with pytest.raises(ValueError, match="rollout lengths must have shape"):
+        again(dataclasses.replace(draw.drawn, lengths=ones[:1]))
     with pytest.raises(ValueError, match="belong to rollouts"):
-        refine_step(model, ids, config, attention_mask=mask, rollout_lengths=draw.rollout_lengths)
+        again(Rollouts(positions=draw.positions, lengths=draw.rollout_lengths))
 
 
 def test_the_setting():

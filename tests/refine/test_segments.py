@@ -14,11 +14,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from refine import RefineConfig, refine_step
-from refine.method.relay import Relay
-from refine.method.segments import read_next_tokens, read_with_rollouts, segment_borders
-from refine.method.step import _shared_prefix, next_token_targets
-from refine.models.head import NextTokenLoss
-from tests.numerics import assert_close
+from refine.method import ContextParallel, Sequences, next_token_loss
+from refine.method.one_pass import OnePass
+from refine.method.segmented_pass import SegmentedPass, segment_borders
+from refine.method.selection import select_positions
+from tests.numerics import assert_close, assert_gradients_close
 from tests.refine.tiny import FAMILIES, ragged_batch, tiny_model
 
 CONFIG = RefineConfig(num_chunks=5, rollout_length=4, num_rollouts=2)
@@ -26,12 +26,10 @@ POSITIONS = torch.tensor([[20, 63, 64, 128, 310], [65, 126, 127, 129, 270]])
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
 
 
-def make_batch():
-    """Two sequences over several segments of 64, with targets and weights."""
+def make_batch() -> Sequences:
+    """Two sequences over several segments of 64."""
     torch.manual_seed(4)
-    ids, mask = ragged_batch(330, 290)
-    lengths = mask.sum(1)
-    return ids, lengths, *next_token_targets(ids, lengths)
+    return Sequences.of(*ragged_batch(330, 290))
 
 
 def gradients(model, loss) -> dict[str, torch.Tensor]:
@@ -46,25 +44,29 @@ def weigh(logprobs: torch.Tensor) -> torch.Tensor:
     return (logprobs.flatten() * torch.linspace(-1, 2, logprobs.numel())).sum()
 
 
-def in_one_pass(model, kind: str, positions):
-    """The loss, and what a step found, without segments."""
-    ids, lengths, targets, weight = make_batch()
-    if kind == "sft":
-        return model(ids, use_cache=False, head=NextTokenLoss(targets, weight)).loss, None
-    found = _shared_prefix(model, ids, lengths, CONFIG, torch.tensor([5, 6]), positions, None)
-    return found.ntp_loss + weigh(found.logprobs), found
-
-
-def in_segments(model, kind: str, positions, length: int, relay: Relay | None = None):
-    """The same by segments."""
-    ids, lengths, targets, weight = make_batch()
-    if kind == "sft":
-        return read_next_tokens(model, ids, targets, weight, length, relay).ntp_loss, None
+def rolled_out(reading, positions):
+    """The loss, and what a reading found, at given or at drawn positions."""
     seeds = torch.tensor([5, 6])
-    found = read_with_rollouts(
-        model, ids, lengths, targets, weight, CONFIG, length, seeds, positions, None, relay
-    )
-    return found.ntp_loss + weigh(found.logprobs), found
+    if positions is None:
+        positions = select_positions(reading.entropy, make_batch().lengths, CONFIG, seeds)
+    branches = reading.branch(positions, None, seeds)
+    return reading.ntp_loss + weigh(branches.logprobs), (reading.entropy, positions, branches)
+
+
+def in_one_pass(model, kind: str, positions):
+    """The loss, and what the reading found, without segments."""
+    sequences = make_batch()
+    if kind == "sft":
+        return next_token_loss(model, sequences.labelled()), None
+    return rolled_out(OnePass(model, sequences, CONFIG), positions)
+
+
+def in_segments(model, kind: str, positions, length: int, context: ContextParallel | None = None):
+    """The same by segments."""
+    labelled = make_batch().labelled()
+    if kind == "sft":
+        return next_token_loss(model, labelled, length, context), None
+    return rolled_out(SegmentedPass(model, labelled, length, CONFIG, context), positions)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -79,15 +81,14 @@ def test_segments_give_the_gradient_of_one_pass(family, kind, length, dtype):
     expected = gradients(model, loss)
     segmented, also = in_segments(model, kind, positions, length)
     assert_close(segmented, loss, TOLERANCE[dtype], "loss")
-    got = gradients(model, segmented)
-    for name, grad in expected.items():
-        assert_close(got[name], grad, TOLERANCE[dtype], name)
+    assert_gradients_close(gradients(model, segmented), expected, TOLERANCE[dtype])
     if found is not None:
-        assert torch.equal(also.positions, found.positions)
-        assert torch.equal(also.tokens, found.rollouts.flatten(0, 2))
-        assert_close(also.entropy, found.entropy, 1e-6, "entropy")
-        assert_close(also.predicted, found.predicted.flatten(0, 2), 1e-6, "hidden states of the rollouts")
-        assert_close(also.true, found.true.flatten(0, 1), 1e-6, "true hidden states")
+        for (entropy, drawn_at, branches), right in [(also, found)]:
+            assert torch.equal(drawn_at, right[1])
+            assert torch.equal(branches.tokens, right[2].tokens)
+            assert_close(entropy, right[0], 1e-6, "entropy")
+            assert_close(branches.predicted, right[2].predicted, 1e-6, "hidden states of the rollouts")
+            assert_close(branches.true, right[2].true, 1e-6, "true hidden states")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,23 +103,22 @@ def test_a_step_by_segments_is_the_step(family):
     expected = gradients(model, whole.loss)
     parts = refine_step(model, ids, dataclasses.replace(config, segment_length=96), **drawn)
     for field in dataclasses.fields(whole):
-        assert_close(getattr(parts, field.name), getattr(whole, field.name), 1e-6, field.name)
+        if field.name != "drawn":
+            assert_close(getattr(parts, field.name), getattr(whole, field.name), 1e-6, field.name)
     for name, grad in gradients(model, parts.loss).items():
         assert_close(grad, expected[name], 1e-10, name)
 
 
 def test_segments_work_with_gradient_checkpointing_and_autocast():
-    ids, _, targets, weight = make_batch()
     model = tiny_model("delta_net", torch.float32, initializer_range=0.15).train()
     expected = gradients(model, in_segments(model, "sft", None, 128)[0])
     model.gradient_checkpointing_enable({"use_reentrant": False})
     got = gradients(model, in_segments(model, "sft", None, 128)[0])
     with torch.autocast("cpu", torch.bfloat16):
-        loss = read_next_tokens(model, ids, targets, weight, 128).ntp_loss
+        loss, _ = in_segments(model, "sft", None, 128)
     rounded = gradients(model, loss)  # outside autocast, as a trainer calls it
-    for name, grad in expected.items():
-        assert_close(got[name], grad, 1e-6, name)
-        assert_close(rounded[name], grad, 0.2, name)
+    assert_gradients_close(got, expected, 1e-6)
+    assert_gradients_close(rounded, expected, 0.2)
 
 
 def test_without_a_gradient_nothing_is_attached():
@@ -158,10 +158,10 @@ def process(rank: int, size: int, port: int, cases: list, path: str) -> None:
     found = {}
     for family, kind in cases:
         model = tiny_model(family, torch.float32, initializer_range=0.15)
-        loss, _ = in_segments(model, kind, None, 64, Relay.of_all())
+        loss, _ = in_segments(model, kind, None, 64, ContextParallel.of_all())
         model.zero_grad()
         loss.backward()
-        Relay.of_all().sum_gradients(model)
+        ContextParallel.of_all().sum_gradients(model)
         found[family, kind] = loss.item(), {name: p.grad for name, p in model.named_parameters()}
     torch.save(found, f"{path}.{rank}")
     dist.barrier()
@@ -180,8 +180,7 @@ def check_chain(size: int, cases: list, tmp_path) -> None:
             model = tiny_model(family, torch.float32, initializer_range=0.15)
             right, _ = in_one_pass(model, kind, None)
             assert loss == pytest.approx(right.item(), rel=1e-5)
-            for name, grad in gradients(model, right).items():
-                assert_close(got[name], grad, 1e-5, f"{family}, {kind}, {name}")
+            assert_gradients_close(got, gradients(model, right), 1e-5, f"{family}, {kind}")
 
 
 def test_two_processes_share_a_document(tmp_path):
@@ -199,8 +198,8 @@ MEMORY = """
 import sys, torch
 from pathlib import Path
 from refine import RefineConfig
-from refine.method.segments import read_with_rollouts
-from refine.method.step import next_token_targets
+from refine.method import Sequences
+from refine.method.segmented_pass import SegmentedPass
 from refine.models import DeltaNetConfig, DeltaNetForCausalLM
 
 torch.manual_seed(0)
@@ -209,12 +208,10 @@ model = DeltaNetForCausalLM(
 ).train()
 
 def step(tokens):
-    ids = torch.randint(512, (1, tokens))
-    lengths = torch.tensor([tokens])
-    found = read_with_rollouts(
-        model, ids, lengths, *next_token_targets(ids, lengths), RefineConfig(), 4096, torch.tensor([1]), None, None
-    )
-    (found.ntp_loss + found.logprobs.mean()).backward()
+    sequences = Sequences.of(torch.randint(512, (1, tokens)))
+    reading = SegmentedPass(model, sequences.labelled(), 4096, RefineConfig())
+    branches = reading.branch(torch.arange(1, 9)[None] * (tokens // 9), None, torch.tensor([1]))
+    (reading.ntp_loss + branches.logprobs.mean()).backward()
 
 step(8192)
 Path("/proc/self/clear_refs").write_text("5")

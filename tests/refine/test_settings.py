@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from refine.training.settings import SettingsError, TrainSettings, parse_settings, read_file, to_yaml
+from refine.evaluation.settings import parse_settings as parse_eval
+from refine.settings import SettingsError, read_file, to_yaml
+from refine.training.settings import TrainSettings, parse_settings
 
 
 def test_command_line_over_file_over_default(tmp_path):
@@ -37,7 +39,7 @@ def test_what_is_written_reads_back(tmp_path):
     assert settings.config_overrides == {"hidden_size": 64, "use_gate": True}
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(settings))
-    assert TrainSettings(**read_file(path)) == settings
+    assert TrainSettings(**read_file(TrainSettings, path)) == settings
     assert parse_settings(["--config", str(path)]) == settings
 
 
@@ -57,7 +59,7 @@ def test_what_is_written_reads_back(tmp_path):
         (["--rollout_length", "0"], "rollout_length must be a whole number of at least 1"),
         (["--rollout_length", "4000"], "max_length must be at least min_length=32000"),
         (["--reward", "cosin"], "reward must be one of cosine, binary, hybrid"),
-        (["--phase", "pre"], "phase must be one of mid, sft, post, got 'pre'"),
+        (["--phase", "pre"], "phase must be one of mid, sft, post, grpo, got 'pre'"),
         (["--report_to", "mlflow"], "report_to takes tensorboard, wandb, got 'mlflow'"),
         (["--min_length", "50"], "min_length must be at least 160 for num_chunks=8"),
         (["--max_length", "100"], "max_length must be at least min_length=160"),
@@ -68,7 +70,27 @@ def test_what_is_written_reads_back(tmp_path):
         (["--save_total_limit", "0"], "save_total_limit must be at least 1"),
         (["--recall_weight", "1"], "recall_weight must be over 0 and under 1"),
         (["--config", "no/such.yaml"], "cannot be read: No such file"),
-        (["stray"], "unknown setting 'stray'"),
+        (
+            ["stray"],
+            "unknown setting 'stray': a value stands after its --name; a file of settings is --config",
+        ),
+        (["-lr", "3"], "'-lr': settings begin with two dashes: did you mean 'learning_rate'"),
+        (["--max_steps"], "max_steps needs a value"),
+        (["--lr", "1"], "unknown setting 'lr': did you mean 'learning_rate'"),
+        (["--batch_size", "1"], "did you mean 'per_device_train_batch_size'"),
+        (["--epochs", "1"], "unknown setting 'epochs': .* counted in updates: 'max_steps'"),
+        (["--num_train_epochs", "1"], "counted in updates: 'max_steps'"),
+        (["--kl_coef", "0.1"], "did you mean 'beta'"),
+        (["--group_size", "4"], "did you mean 'num_rollouts'"),
+        (["--max_new_tokens", "4"], "did you mean 'rollout_length'"),
+        (["--reward", "../x:y"], "reward must be a name or module:function, got '../x:y'"),
+        (["--reward", ":x"], "reward must be a name or module:function"),
+        (["--lambda_sft", "inf"], "lambda_sft must be at least 0 and finite, got inf"),
+        (["--temperature", "inf"], "temperature must be over 0 and finite"),
+        (["--weight_decay", "inf"], "weight_decay must be at least 0 and finite"),
+        (["--adam_epsilon", "1e-320"], "adam_epsilon must be at least 1e-37"),
+        (["--learning_rate", "1e38"], "learning_rate must be over 0 and at most 1e.30"),
+        (["--seed", str(2**200)], "seed must be at least 0 and at most 9223372036854775807"),
     ],
 )
 def test_what_cannot_be_is_named(arguments, message):
@@ -85,6 +107,17 @@ def test_what_cannot_be_is_named(arguments, message):
         ("seed: [1]\n", "seed must be a whole number"),
         ("output_dir: {a: 1}\n", "output_dir must be text"),
         ("bf16: 3\n", "bf16 must be true or false"),
+        ("max_steps: 3\nseed: 1\nmax_steps: 4\n", "has 'max_steps' twice, in lines 1 and 3"),
+        ("optimizer: {lr: 3}\n", "group optimizer: unknown setting 'lr': did you mean 'learning_rate'"),
+        ("optimizer: {learning_rate: 3}\nlearning_rate: 4\n", "learning_rate is given twice"),
+        ("config_overrides: {a: 1, a: 2}\n", "has 'a' twice"),
+        ("a: &a [*a]\n", "nested too deeply, or contains itself"),
+        ("[" * 3000, "nested too deeply"),
+        ("seed: " + "9" * 5000, "is not YAML|must be"),
+        (
+            "\n".join(f"k{i}: &k{i} [{', '.join([f'*k{i - 1}' if i else '1'] * 9)}]" for i in range(9)),
+            "has more than",
+        ),
     ],
 )
 def test_files_that_cannot_be_are_named(tmp_path, text, message):
@@ -105,3 +138,37 @@ def test_help_lists_every_setting(capsys):
         parse_settings(["--help"])
     text = capsys.readouterr().out
     assert "--num_chunks" in text and "--resume_from_checkpoint" in text
+
+
+def test_groups_and_both_names_of_the_model(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {model_name_or_path: x, bf16: true}\noptimizer: {learning_rate: 3e-4}\nnum_chunks: 4\n"
+    )
+    settings = parse_settings(["--config", str(path)])
+    assert (settings.model_name_or_path, settings.bf16, settings.learning_rate) == ("x", True, 3e-4)
+    path.write_text("model: y\n")
+    assert parse_settings(["--config", str(path)]).model_name_or_path == "y"
+    for parse in (parse_settings, parse_eval):
+        assert (
+            parse(["--model", "x"]).model_name_or_path
+            == parse(["--model_name_or_path", "x"]).model_name_or_path
+            == "x"
+        )
+    assert parse_settings(["--learning-rate", "2e-3"]).learning_rate == 2e-3
+
+
+def test_evaluation_has_limits_of_its_own():
+    settings = parse_eval(["--tasks", "copying", "--samples", "2", "--max_length", "100"])
+    assert settings.tasks == ["copying"] and settings.max_length == 100
+    with pytest.raises(SettingsError, match="max_length must be at least 160 for task held_out"):
+        parse_eval(["--tasks", "held_out", "--max_length", "100"])
+    with pytest.raises(SettingsError, match="unknown setting 'limit': did you mean 'samples'"):
+        parse_eval(["--limit", "3"])
+    assert parse_eval(["--lengths", "40,20", "30"]).lengths == [20, 30, 40]
+
+
+def test_code_from_outside_is_named_before_it_runs(capsys):
+    with pytest.raises(SettingsError, match="cannot be imported"):
+        parse_settings(["--reward", "no.such.module:function"])
+    assert "importing no.such.module, code from outside" in capsys.readouterr().err

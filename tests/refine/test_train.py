@@ -16,7 +16,7 @@ import yaml
 
 import refine
 import refine.train as training
-from refine.training import checkpoint
+from refine.training import checkpoint, phases
 from refine.training.tracking import read_metrics
 
 SMALL = {
@@ -159,16 +159,16 @@ def test_signals_outside_the_main_thread_are_left_alone():
 
 
 def test_non_finite_updates_are_skipped_counted_and_stop_the_run(tmp_path, text_file, monkeypatch, capsys):
-    original = training._refine
+    original = phases.refine_loss
     poisoned = {2, 4, 5, 6}
 
-    def refine_step(model, batch, settings, step, **given):
-        output = original(model, batch, settings, step, **given)
+    def refine_loss(*arguments, step, **given):
+        output = original(*arguments, step=step, **given)
         if step + 1 in poisoned:
             output.loss = output.loss * float("nan")
         return output
 
-    monkeypatch.setattr(training, "_refine", refine_step)
+    monkeypatch.setattr(phases, "refine_loss", refine_loss)
     assert run(tmp_path, text_file, max_skipped_updates=3, max_steps=20, eval_samples=0) == 1
     assert "3 updates in a row had a non-finite loss" in capsys.readouterr().err
     lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "skipped" in line]
@@ -234,6 +234,6 @@ def test_a_folder_with_files_is_left_alone(tmp_path, text_file, capsys):
 
 def test_an_unreadable_setting_does_not_touch_an_existing_run(tmp_path, text_file):
     assert run(tmp_path, text_file, max_steps=2) == 0
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("[!.]*")}
     assert run(tmp_path, "no/such.jsonl", overwrite_output_dir=True) == 2
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("[!.]*")} == before

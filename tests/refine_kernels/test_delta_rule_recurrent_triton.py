@@ -270,7 +270,7 @@ def test_layer_custom_op():
         ({"v": lambda x: x.half()}, "v must have q's dtype torch.float32, got torch.float16"),
         ({"beta": lambda x: x[..., :1]}, r"beta must be \[2, 1, 2\], got \[2, 1, 1\]"),
         ({"g": lambda x: torch.zeros(2, 1)}, r"g must be \[2, 1, 2\], got \[2, 1\]"),
-        ({"state": lambda x: x.half()}, "state must be torch.float32 with q in torch.float32"),
+        ({"state": lambda x: x.long()}, "state must have a floating-point dtype, got torch.int64"),
         ({"state": lambda x: x.new_zeros(3, 2, 8, 257)}, r"K, V in \[1, 256\]"),
         ({"rows": lambda x: x.float()}, "rows must be int32 or int64, got torch.float32"),
         ({"rows": lambda x: None}, "state must have q's B = 2 rows without rows, got 3"),

@@ -103,8 +103,8 @@ def test_whole_grid(N, D, V, std):
         results = with_gradients(linear_logprob, inputs, target, upstream)
         for name, value, plain, truth in zip(QUANTITIES, results, plains, truths):
             floor = 1e-7 * max(1.0, truth.norm().item())
-            if N == 1 and name in ("logprob", "entropy", "lse"):
-                floor += 4e-6  # half a last place of a logit near 100: one rounding decides
+            if N <= 5:  # half a last place of a logit near 100: with few rows one rounding decides
+                floor += 4e-6 * max(1.0, truth.norm().item())
             error, allowed = (value.double() - truth).norm(), 1.5 * (plain.double() - truth).norm() + floor
             assert error <= allowed, f"{name}: {error:.2e} against {allowed:.2e}"
         assert (results[1] >= 0).all()
@@ -257,6 +257,17 @@ def test_nan_stays_in_its_row():
     loss, entropy = linear_cross_entropy(x, weight, target, return_entropy=True)
     dx, dw = torch.autograd.grad(loss, (x, weight))
     assert loss.isfinite() and dw.isfinite().all() and dx.isfinite().all() and entropy.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_row_without_a_distribution_draws_no_token(backend, temperature):
+    x, weight, _, _ = make_head(5, 8, 11, requires_grad=False)
+    clean = linear_logprob(x, weight, sample=True, seed=3, temperature=temperature, backend=backend)
+    x[1], x[3, 2] = float("nan"), float("inf")
+    out = linear_logprob(x, weight, sample=True, seed=3, temperature=temperature, backend=backend)
+    assert out.token[[1, 3]].tolist() == [-1, -1] and out.logprob[[1, 3]].isnan().all()
+    assert torch.equal(out.token[[0, 2, 4]], clean.token[[0, 2, 4]]) and (clean.token >= 0).all()
 
 
 @settings(max_examples=25, deadline=None)

@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Protocol
 
-from refine.training.default_text import SPLITS, default_document, default_names
+from refine.data.default_text import SPLITS, default_document, default_names
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 DEPTHS = tuple(round(100 * i / 39) for i in range(40))  # in percent, where needles can stand in an essay

@@ -57,12 +57,3 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     there is nothing to come."""
     ids = tokenizer(text, verbose=False)["input_ids"]
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def cut_middle(ids: list[int], limit: int) -> list[int]:
-    """At most ``limit`` tokens: the first and the last half, since the question stands at one end of a prompt
-    or the other."""
-    if len(ids) <= limit:
-        return ids
-    head = limit // 2
-    return ids[:head] + ids[len(ids) - (limit - head) :]

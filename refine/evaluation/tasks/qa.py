@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from refine.data.document import cut_middle
 from refine.evaluation.metrics import string_match_part
-from refine.evaluation.tasks.item import Item, Prompt, cut_middle, encode
+from refine.evaluation.tasks.item import Item, Prompt, encode
 from refine.evaluation.tasks.rows import BadRows, Columns, Row, read_rows, whole_number
 
 if TYPE_CHECKING:

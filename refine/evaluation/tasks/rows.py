@@ -3,14 +3,16 @@ with the others."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_KINDS = (".jsonl", ".parquet")
+from refine.data.document import BadRow
+from refine.data.rows import KINDS, all_rows
+
+_ORDER = sorted(KINDS)  # .jsonl, .parquet
 _ANSWER_COLUMNS = ("answers", "answer", "outputs")  # the first that a file has
 _SHOWN = 5
 
@@ -68,7 +70,7 @@ def read_rows(paths: Sequence[str], setting: str, columns: Columns, bad: BadRows
         ValueError: a file is not there, cannot be read, or lacks a column.
     """
     for number, path in enumerate(_files(paths, setting)):
-        rows = list(_records(path, setting))
+        rows = list(all_rows(path))
         present = {name for row in rows if isinstance(row, dict) for name in row}
         if rows and not present:
             raise ValueError(f"{setting}: no row of {path} can be read")
@@ -78,8 +80,8 @@ def read_rows(paths: Sequence[str], setting: str, columns: Columns, bad: BadRows
                 raise ValueError(f"{path} has no column {column!r}; it has {', '.join(sorted(present))}")
         for i, values in enumerate(rows, 1):
             source = f"row {i} of {path.name}"
-            if not isinstance(values, dict):
-                bad.add(source, "it is not a JSON object")
+            if isinstance(values, BadRow):
+                bad.add(source, values.reason)
                 continue
             prompt, references = values.get(columns.prompt), _references(values.get(answer))
             if not isinstance(prompt, str) or not prompt.strip():
@@ -109,38 +111,14 @@ def _files(paths: Sequence[str], setting: str) -> list[Path]:
     for name in paths:
         path = Path(name).expanduser()
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in _KINDS)
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in _ORDER)
             if not inside:
-                raise ValueError(f"{setting}: the folder {name!r} holds no {' or '.join(_KINDS)} file")
+                raise ValueError(f"{setting}: the folder {name!r} holds no {' or '.join(_ORDER)} file")
             found += inside
         elif not path.is_file():
             raise ValueError(f"{setting}: there is no file {name!r}")
-        elif path.suffix.lower() not in _KINDS:
-            raise ValueError(f"{setting} takes {' and '.join(_KINDS)} files, got {name!r}")
+        elif path.suffix.lower() not in _ORDER:
+            raise ValueError(f"{setting} takes {' and '.join(_ORDER)} files, got {name!r}")
         else:
             found.append(path)
     return found
-
-
-def _records(path: Path, setting: str) -> Iterator[Any]:
-    """The rows of a file; None for one that cannot be read."""
-    if path.suffix.lower() == ".parquet":
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise ValueError(
-                f"{setting}: reading {path} needs the extra 'data' (pip install 'refine-fast-weights[data]')"
-            ) from error
-        try:
-            yield from pyarrow.parquet.read_table(path).to_pylist()
-        except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"{path} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
-        return
-    with path.open("rb") as file:
-        for line in file:
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except (ValueError, RecursionError):
-                    yield None

@@ -1,0 +1,228 @@
+"""What training and evaluation both need before they begin: the settings that they share, and from these the
+model, its tokenizer, the device and what to read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+
+from refine.data.rows import first_line
+from refine.data.stream import DataConfig
+from refine.files import why
+from refine.finite import first_not_finite
+from refine.method.config import RefineConfig
+from refine.method.rewards import REWARDS, find_reward
+from refine.models import load_model, new_model
+from refine.settings import SettingsError, setting
+
+BACKENDS = ("triton", "torch", "reference")
+
+
+@dataclass(kw_only=True)
+class ModelSettings:
+    """Which model, and where it runs."""
+
+    model_name_or_path: str | None = setting(
+        None, "a folder or a hub name (also: model); none: the tiny model of this package"
+    )
+    tokenizer_name_or_path: str | None = setting(None, "default: the model's own")
+    bf16: bool = setting(False, "autocast to bfloat16; parameters stay float32")
+    device: str | None = setting(None, "cpu, cuda, cuda:1; default: a GPU if any")
+    seed: int = setting(0, "of every draw", least=0, most=2**63 - 1)
+
+
+@dataclass(kw_only=True)
+class NewModelSettings:
+    """A model that begins from random weights."""
+
+    model_type: str | None = setting(None, "start from random weights of this type instead of a checkpoint")
+    config_overrides: dict[str, Any] = setting({}, "model configuration, as key=value,key=value")
+    mimetic_init: bool = setting(False, "begin a new model near in-context recall (arXiv 2410.11135)")
+
+
+@dataclass(kw_only=True)
+class TextSettings:
+    """What text to read."""
+
+    dataset_name_or_path: str | None = setting(
+        None,
+        "a .parquet, .jsonl or .txt file, a folder, a hub name, or default (the text of every Python "
+        "installation), recall, needles (generated documents of recall), default+recall, default+needles",
+    )
+    dataset_config: str | None = setting(None, "the configuration of a hub dataset")
+    dataset_split: str = setting("train", "the split of a hub dataset")
+    text_column: str | None = setting(None, "default: found")
+
+
+@dataclass(kw_only=True)
+class OptimizerSettings:
+    """AdamW; the defaults are the paper's."""
+
+    learning_rate: float = setting(1e-6, "peak rate", over=0, most=1e30)
+    adam_beta1: float = setting(0.9, "of the mean of gradients", least=0, under=1)
+    adam_beta2: float = setting(0.999, "of the mean of their squares", least=0, under=1)
+    adam_epsilon: float = setting(1e-8, "added to the root of that", least=1e-37)
+    weight_decay: float = setting(0.01, "of matrices; vectors are not decayed", least=0)
+    max_grad_norm: float = setting(0.2, "gradients are clipped to this norm", over=0)
+
+
+def load_model_and_tokenizer(
+    chosen: ModelSettings, new: NewModelSettings | None = None, checkpoint: Path | None = None
+) -> tuple[Any, Any]:
+    """The model in float32 and its tokenizer: of the checkpoint, the type asked for, the model named, or the
+    package's own.
+
+    Raises:
+        SettingsError: neither can be had.
+        FileNotFoundError: nothing is there.
+    """
+    if new is not None and new.model_type is not None and checkpoint is None:
+        tokenizer = _load_tokenizer(chosen.tokenizer_name_or_path or packaged_model())
+        overrides = {"vocab_size": len(tokenizer)} | _special_tokens(tokenizer) | new.config_overrides
+        _check_vocabulary(tokenizer, overrides["vocab_size"])
+        try:
+            model = new_model(new.model_type, seed=chosen.seed, mimetic_init=new.mimetic_init, **overrides)
+        except (ValueError, TypeError) as error:
+            raise SettingsError(str(error)) from error
+        return model, tokenizer
+    path = checkpoint or chosen.model_name_or_path or packaged_model()
+    _check_readable(Path(path))
+    try:
+        model = load_model(path, dtype=torch.float32)
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError) as error:
+        raise SettingsError(str(error).split("\n")[0]) from error
+    except (RuntimeError, SafetensorError) as error:  # weights of another shape, a torn file
+        raise SettingsError(
+            f"the model {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    if name := first_not_finite(dict(model.named_parameters())):
+        raise SettingsError(f"{path}: the weights are not finite ({name})")
+    tokenizer = _load_tokenizer(chosen.tokenizer_name_or_path or path)
+    _check_vocabulary(tokenizer, model.config.vocab_size)
+    return model, tokenizer
+
+
+def check_environment() -> None:
+    """Whether the environment variables that kernels read are what they may be.
+
+    Raises:
+        SettingsError: one is not.
+    """
+    backend = os.environ.get("REFINE_KERNELS_BACKEND")
+    if backend is not None and backend not in BACKENDS:
+        raise SettingsError(
+            f"REFINE_KERNELS_BACKEND must be one of {', '.join(BACKENDS)}, or not be set; it is {backend!r}"
+        )
+
+
+def try_reward(config: RefineConfig, hidden_size: int) -> None:
+    """Call a reward of the user's own once, on made-up rollouts, before anything is written.
+
+    Raises:
+        SettingsError: it fails, or returns something else than one finite number per rollout.
+    """
+    if config.reward in REWARDS:
+        return
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(2, (3, config.rollout_length), generator=generator) for _ in range(2)]
+    hidden = [torch.randn(3, config.rollout_length, hidden_size, generator=generator) for _ in range(2)]
+    wanted = "a function of predicted ids [R, k], true ids [R, k], predicted and true hidden states [R, k, D]"
+    try:
+        given = find_reward(config.reward)(*ids, *hidden)
+    except Exception as error:
+        raise SettingsError(
+            f"reward {config.reward!r} must be {wanted}; called so, it raised {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(given, torch.Tensor) or given.shape != (3,):
+        what = f"a tensor {tuple(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
+        raise SettingsError(
+            f"reward {config.reward!r} must return one number per rollout, a tensor of shape (3,) for 3; got {what}"
+        )
+    if given.is_complex() or not given.float().isfinite().all():
+        raise SettingsError(f"reward {config.reward!r} must return finite numbers, got {given.tolist()}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says so; on a CPU PyTorch raises a plain RuntimeError."""
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return out_of_memory or "can't allocate memory" in str(error)
+
+
+def packaged_model() -> Path:
+    """The folder of the tiny DeltaNet that comes with this package."""
+    return Path(str(resources.files("refine") / "assets" / "tiny-delta-net"))
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, else a GPU if there is one, else the CPU.
+
+    Raises:
+        SettingsError: it cannot be used.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def data_config(settings: Any) -> DataConfig:
+    """The part of the settings that says what to read and how to cut it."""
+    names = {f.name for f in dataclasses.fields(DataConfig)}
+    return DataConfig(**{name: getattr(settings, name) for name in names if hasattr(settings, name)})
+
+
+def _check_readable(folder: Path) -> None:
+    """Whether the files of a local model may be read; elsewhere a missing permission reads like a missing file."""
+    if not folder.is_dir():
+        return
+    try:
+        for path in folder.iterdir():
+            if path.suffix in (".json", ".safetensors"):
+                path.open("rb").close()
+            if path.name in ("config.json", "tokenizer_config.json"):
+                dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise SettingsError(f"the model {str(folder)!r} cannot be read: {why(error)}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise SettingsError(f"{path} is no whole JSON object: {first_line(error)}") from error
+
+
+def _check_vocabulary(tokenizer, vocab_size: int) -> None:
+    if len(tokenizer) > vocab_size:
+        raise SettingsError(
+            f"the tokenizer has {len(tokenizer)} entries but the model's vocab_size is {vocab_size}: "
+            "name the tokenizer that belongs to the model (tokenizer_name_or_path)"
+        )
+
+
+def _load_tokenizer(source: str | Path):
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = (
+            str(error).split("\n")[0]
+            if Path(source).exists()
+            else "it is neither a folder nor a hub name here"
+        )
+        raise SettingsError(f"no tokenizer can be loaded from {str(source)!r}: {reason}") from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _special_tokens(tokenizer) -> dict[str, int | None]:
+    return {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
