@@ -22,8 +22,8 @@ SIZES = (
 def run(folder, data, **changes) -> int:
     settings = {
         "model_type": "qwen3_5", "config_overrides": SIZES, "max_length": 200, "max_steps": 4, "save_steps": 2,
-        "warmup_steps": 0, "eval_samples": 0, "shuffle_buffer": 4, "learning_rate": 1e-2, "save_total_limit": "none",
-        "output_dir": folder, "dataset_name_or_path": data,
+        "warmup_steps": 0, "eval_samples": 0, "shuffle_buffer": 4, "learning_rate": 1e-2,
+        "save_total_limit": "none", "output_dir": folder, "dataset_name_or_path": data,
     } | changes  # fmt: skip
     return training.main([part for name, value in settings.items() for part in (f"--{name}", str(value))])
 
