@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable
 
-.PHONY: setup train test test-all test-releases lint format bench reproduce-small pretrain-tiny clean
+.PHONY: setup train test test-all test-faults test-releases lint format bench reproduce-small pretrain-tiny clean
 
 setup: $(VENV)/.installed
 
@@ -31,7 +31,11 @@ test: lint
 	$(PYTEST) -m "not slow"
 
 test-all: lint
-	$(PYTEST)
+	$(PYTEST) --ignore tests/faults
+
+# Random kills, placed faults, random edits of settings; the figures go to docs/reliability.md. REFINE_FAULTS=0.1: a tenth.
+test-faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -q -s --benchmark-disable
 
 # The suite in throw-away environments with the oldest and the newest releases; about ten minutes each.
 test-releases: setup
@@ -49,8 +53,10 @@ pretrain-tiny: setup
 	$(BIN)/python -m refine.data.tokenizer --output_dir runs/tiny-tokenizer
 	$(BIN)/python -m refine.train --config configs/pretrain_tiny_1.yaml --overwrite_output_dir
 	$(BIN)/python -m refine.train --config configs/pretrain_tiny_2.yaml --overwrite_output_dir
-	$(BIN)/python -m refine.models.export --model runs/pretrain-tiny-2/final --output_dir runs/tiny-delta-net
+	$(BIN)/python -m refine.train --config configs/pretrain_tiny_3.yaml --overwrite_output_dir
+	$(BIN)/python -m refine.models.export --model runs/pretrain-tiny-3/final --output_dir runs/tiny-delta-net
 	$(BIN)/python -m refine.eval --model runs/tiny-delta-net
+	$(BIN)/python -m refine.eval --model runs/tiny-delta-net --tasks niah_single_1 niah_single_2 niah_multikey_1 --lengths 1024 2048 --samples 200
 
 clean:
 	rm -rf $(VENV) runs .benchmarks .pytest_cache .ruff_cache build dist *.egg-info

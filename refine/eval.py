@@ -1,9 +1,10 @@
 """``python -m refine.eval``: the story of an evaluation, from settings to a table.
 
 Two kinds of tasks. *Measures* look at the model's predictions of given text: ``held_out`` (next-token loss and
-accuracy, and the rewards of rollouts), ``copying`` and ``recall``. The others are *answered* in the model's own
-words, greedily, and may come after training on the prompts themselves: RULER's needles in haystacks (``niah``) and
-question answering (``ruler_qa``), LongBench (``longbench``).
+accuracy, and the rewards of rollouts), ``copying``, ``recall``, and the curves ``recall_curve`` and
+``loss_by_position``. The others are *answered* in the model's own words, greedily, and may come after training on
+the prompts themselves: RULER's needles in haystacks (``niah``), its other generated tasks (``vt``, ``cwe``,
+``fwe``; with ``niah`` they are ``ruler``) and question answering (``ruler_qa``), LongBench (``longbench``).
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers.utils.logging import disable_progress_bar
 
 from refine.data.recall_documents import recall_items
 from refine.data.stream import DataConfig, held_out_stream
 from refine.evaluation.answers import answer_items
+from refine.evaluation.curves import bootstrap_interval, draw_curves, loss_by_position, recall_over_distance
 from refine.evaluation.held_out import held_out_by_document
 from refine.evaluation.metrics import wilson_interval
 from refine.evaluation.predictions import RESULTS, Predictions, PredictionsError, check_folder, fingerprint
@@ -39,6 +42,7 @@ from refine.evaluation.tasks.longbench import PREFIX, longbench_items
 from refine.evaluation.tasks.niah import NIAH_TASKS, SAMPLES, NiahGenerator, TokenCounter
 from refine.evaluation.tasks.qa import qa_items
 from refine.evaluation.tasks.rows import BadRows, Columns
+from refine.evaluation.tasks.ruler import RULER_TASKS, RulerGenerator
 from refine.evaluation.tasks.words import find_words
 from refine.files import why, write_whole
 from refine.prepare import (
@@ -105,6 +109,10 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         print(f"going on: {len(predictions.lines)} of {len(items)} samples are answered")
 
     results, intervals = _measure(model, tokenizer, settings)
+    curves = _curves(model, tokenizer, settings)
+    for name, curve in curves.items():
+        results |= {f"{name}_{place}": value for place, (value, _) in curve.items()}
+        intervals |= {f"{name}_{place}": interval for place, (_, interval) in curve.items() if interval}
     for name, value in results.items():
         print(f"{name:<28}{value:>12,}" if isinstance(value, int) else f"{name:<28}{value:>12.4f}")
 
@@ -132,7 +140,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         "versions": versions(),
     } | identity.get("sources", {})
     if folder is not None:
-        _write(folder, record, lines)
+        _write(folder, record, lines, curves)
     return record
 
 
@@ -147,8 +155,15 @@ def _items(settings: EvalSettings, tokenizer, bad: BadRows) -> list[Item]:
             if NIAH_TASKS[name].haystack == "essay":
                 essay = find_essay(settings.essay_file)
             for length in settings.lengths:
-                generator = NiahGenerator(NIAH_TASKS[name], counter, length, essay, settings.seed)
+                generator = NiahGenerator(
+                    NIAH_TASKS[name], counter, length, essay, settings.seed, wording=settings.needle_wording
+                )
                 items += generator.items(settings.samples or SAMPLES)
+        for name in [task for task in settings.tasks if task in RULER_TASKS]:
+            for length in settings.lengths:
+                items += RulerGenerator(name, counter, length, settings.seed).items(
+                    settings.samples or SAMPLES
+                )
         if asked := [task for task in settings.tasks if task.startswith("ruler_")]:
             of = None if "ruler_qa" in asked else asked
             items += qa_items(settings.ruler_qa_files, columns, tokenizer, tasks=of, **rest)
@@ -166,7 +181,7 @@ def _identity(settings: EvalSettings, model) -> dict[str, Any]:
     chosen = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE_ON_RESUME}
     chosen |= {"model_fingerprint": fingerprint(model)}
     needles = [NIAH_TASKS[task] for task in settings.tasks if task in NIAH_TASKS]
-    sources = {"words": find_words().source} if needles else {}
+    sources = {"words": find_words().source} if needles or "cwe" in settings.tasks else {}
     if any(task.haystack == "essay" for task in needles):
         sources["essay"] = find_essay(settings.essay_file).source
     return chosen | {"sources": sources}
@@ -196,8 +211,39 @@ def _measure(model, tokenizer, settings: EvalSettings) -> tuple[dict, dict]:
     return results, intervals
 
 
+def _curves(model, tokenizer, settings: EvalSettings) -> dict[str, dict[int, tuple[float, Any]]]:
+    """The curves asked for: name -> {distance or position: (value, its 95 % interval)}."""
+    curves = {}
+    count = settings.samples or DOCUMENTS
+    if "recall_curve" in settings.tasks:
+        text = np.concatenate(_held_out_windows(settings, tokenizer, settings.max_length, 2))
+        distances = settings.recall_distances
+        found = recall_over_distance(model, text, distances, count, settings.seed, settings.batch_size)
+        curves["recall_curve"] = {
+            distance: (own["accuracy"], bootstrap_interval(own["passages"]))
+            for distance, own in found.items()
+        }
+        curves["recall_curve_nats"] = {distance: (own["nats"], None) for distance, own in found.items()}
+    if "loss_by_position" in settings.tasks:
+        documents = _held_out_windows(settings, tokenizer, settings.positions, settings.positions)
+        found = loss_by_position(model, documents[:count], settings.positions)
+        curves["loss_by_position"] = {
+            end: (float(losses.mean()), bootstrap_interval(losses)) for end, losses in found.items()
+        }
+    return curves
+
+
+def _held_out_windows(settings: EvalSettings, tokenizer, longest: int, shortest: int) -> list[np.ndarray]:
+    """Held-out text in windows of so many tokens."""
+    config = dataclasses.replace(_held_out_text(settings), max_length=longest, min_length=shortest)
+    stream = held_out_stream(config, tokenizer)
+    if stream is None:
+        raise SettingsError(f"positions is {shortest}, but no held-out document has so many tokens")
+    return [example.input_ids for example in stream.examples()]
+
+
 def _held_out_text(settings: EvalSettings) -> DataConfig:
-    """What the measure ``held_out`` reads: all of the text named, or what is held out of the default text."""
+    """What measures read: all of the text named, or what is held out of the default text."""
     return DataConfig(
         dataset_name_or_path=settings.dataset_name_or_path,
         dataset_config=settings.dataset_config,
@@ -235,7 +281,9 @@ def _say_counts(scores, bad: BadRows, trainer) -> None:
             print(f"{count} {what}")
 
 
-def _write(folder: Path, record: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+def _write(
+    folder: Path, record: dict[str, Any], lines: list[dict[str, Any]], curves: dict[str, dict]
+) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / RESULTS, json.dumps(record, indent=2) + "\n")
@@ -244,6 +292,9 @@ def _write(folder: Path, record: dict[str, Any], lines: list[dict[str, Any]]) ->
     try:
         if draw_heat_maps(lines, folder / "niah.png"):
             print(f"picture  {folder / 'niah.png'}")
+        recall, loss = (curves.get(name, {}) for name in ("recall_curve", "loss_by_position"))
+        if draw_curves(recall, loss, folder / "curves.png"):
+            print(f"picture  {folder / 'curves.png'}")
     except Exception as error:  # no picture is worth an evaluation
         print(f"no picture: {type(error).__name__}: {why(error)}", file=sys.stderr)
 

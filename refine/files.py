@@ -45,13 +45,13 @@ def why(error: BaseException, folder: Path | None = None) -> str:
     for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         if f"os error {code})" in text:
             number = code
+    named = f": {error.filename}" if getattr(error, "filename", None) else ""
     if number in _WORDS:
-        named = getattr(error, "filename", None)
-        return f"{_WORDS[number]}: {named}" if named else _WORDS[number]
+        return _WORDS[number] + named
     if "inline_container" in text or "PytorchStreamWriter" in text:  # torch.save, whose file stopped growing
-        free = shutil.disk_usage(folder).free if folder is not None and folder.exists() else 0
-        return "the disk is full" if free < 1 << 20 else f"a write was cut short ({text[:80]})"
-    return getattr(error, "strerror", None) or text
+        full = folder is not None and folder.exists() and shutil.disk_usage(folder).free < 1 << 20
+        return "the disk is full" if full else f"a write was cut short ({text[:80]})"
+    return error.strerror + named if getattr(error, "strerror", None) else text
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ model, its tokenizer, the device and what to read.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from dataclasses import dataclass
 from importlib import resources
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
+from refine.data.rows import first_line
 from refine.data.stream import DataConfig
 from refine.files import why
 from refine.finite import first_not_finite
@@ -54,8 +56,8 @@ class TextSettings:
 
     dataset_name_or_path: str | None = setting(
         None,
-        "a .parquet, .jsonl or .txt file, a folder, a hub name, or default, recall, default+recall: "
-        "the text of every Python installation, generated recall documents, both",
+        "a .parquet, .jsonl or .txt file, a folder, a hub name, or default (the text of every Python "
+        "installation), recall, needles (generated documents of recall), default+recall, default+needles",
     )
     dataset_config: str | None = setting(None, "the configuration of a hub dataset")
     dataset_split: str = setting("train", "the split of a hub dataset")
@@ -191,8 +193,12 @@ def _check_readable(folder: Path) -> None:
         for path in folder.iterdir():
             if path.suffix in (".json", ".safetensors"):
                 path.open("rb").close()
+            if path.name in ("config.json", "tokenizer_config.json"):
+                dict(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise SettingsError(f"the model {str(folder)!r} cannot be read: {why(error)}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise SettingsError(f"{path} is no whole JSON object: {first_line(error)}") from error
 
 
 def _check_vocabulary(tokenizer, vocab_size: int) -> None:

@@ -44,6 +44,7 @@ KINDS = {"train": TrainSettings, "eval": EvalSettings}
 PLACEHOLDERS = ("model", "text", "qa_train", "qa_test", "longbench")
 PAPER = resources.files("refine") / "assets" / "paper_rows.yaml"
 PUBLISHED = resources.files("refine") / "assets" / "paper_numbers.yaml"
+Texts = list[str]  # Options has a setting of the name "list"
 # How and where a stage runs; nothing that its result is named by.
 _FREE = ("output_dir", "overwrite_output_dir", "resume", "resume_from_checkpoint", "device")
 
@@ -54,18 +55,16 @@ class Options:
 
     ALIASES: ClassVar[dict[str, str]] = {}
 
-    rows: list[str] = setting(
-        [], "names of the paper's rows (with * for several), or YAML files, in this order"
-    )
+    rows: Texts = setting([], "names of the paper's rows (with * for several), or YAML files, in this order")
     output_dir: str = setting("runs/paper", "stages, logs, tables.md, tables.json")
-    model: list[str] = setting(
+    model: Texts = setting(
         [], "a folder or hub name, or one a family: lact=PATH delta_net=PATH", commas=False
     )
     text: str | None = setting(None, "mid-training text, as dataset_name_or_path of refine.train")
     qa_train: str | None = setting(None, "pairs for post-training, likewise")
     qa_test: str | None = setting(None, "RULER QA rows, as ruler_qa_files of refine.eval")
     longbench: str | None = setting(None, "LongBench rows, as longbench_files of refine.eval")
-    set: list[str] = setting(
+    set: Texts = setting(
         [], "NAME=VALUE in every stage that knows the name; also train.NAME, eval.NAME", commas=False
     )
     nproc_per_node: int = setting(1, "processes of a training stage (torchrun)", least=1)

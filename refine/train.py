@@ -7,6 +7,7 @@ What a step is stands in :mod:`refine.method`, what the phases do in :mod:`refin
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from transformers import get_scheduler
 from transformers.utils.logging import disable_progress_bar
 
 from refine.data.document import DataError
+from refine.evaluation.recall import answered_greedily, questions_of_recall
 from refine.files import why, write_whole
 from refine.prepare import (
     check_environment,
@@ -57,7 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         sentence = f"{why(error)}" if isinstance(error, OSError) and error.errno else str(error)
         return _say(sentence, run, 2)
     except TrainingStopped as error:
-        return _say(str(error), run, 1)
+        there = run[0].whole_checkpoints() if run else ""
+        return _say(f"{error}; {there}; go on from one with --resume_from_checkpoint FOLDER", run, 1)
     except ValueError as error:  # of the model or the method, about what it was given
         return _say(str(error), run, 1 if run and run[0].begun else 2)
     except (KeyboardInterrupt, Terminated) as error:
@@ -114,6 +117,7 @@ class _Run:
         self.between = (
             False  # the weights are amid an update: the optimizer has begun, the counters have not moved
         )
+        self.rotation_is_due = False
         self.tracker: Tracker | None = None
 
     def go(self) -> Path:
@@ -164,6 +168,7 @@ class _Run:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = wrap(model, world, torch.bfloat16 if settings.bf16 else None)
         self.stream, self.held_out = open_streams(settings, self.tokenizer, world)
+        self.questions = self._questions()
         self.optimizer = adamw(self.model, settings)
         self.optimizer.register_step_pre_hook(self._amid_an_update)
         self.phase = make_phase(settings, self.model, self.optimizer, world, self.tokenizer)
@@ -236,12 +241,14 @@ class _Run:
             self.count(metrics, time.perf_counter() - began)
             self.position = self.stream.state_dict()
             self.between = False
+            self.rotate(proven=not metrics["skipped"])
             self.record(metrics, mini_batch, last)
             show(bar, metrics, counters)
             if self.skipped_in_a_row >= settings.max_skipped_updates:
                 raise TrainingStopped(
                     f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient "
-                    f"(max_skipped_updates); stopped at update {counters['step']}"
+                    f"(max_skipped_updates; is learning_rate={settings.learning_rate:g} too large?); stopped at "
+                    f"update {counters['step']}"
                 )
             left = settings.max_steps - counters["step"]
             if self.held_out and settings.eval_steps and counters["step"] % settings.eval_steps == 0 < left:
@@ -286,10 +293,20 @@ class _Run:
     def evaluate(self) -> dict[str, float]:
         """The measures of held-out data."""
         with self.phase.precision():
-            return self.phase.measure(self.held_out)
+            measured = self.phase.measure(self.held_out)
+            for name, rows in self.questions.items():
+                measured[f"eval_{name}"] = sum(answered_greedily(self.model, rows)) / len(rows)
+            return measured
+
+    def rotate(self, proven: bool) -> None:
+        """Remove old checkpoints once the newest has proven good: an update from it, or an evaluation, was finite.
+        So a model that the last update ruined pushes no good one out."""
+        if proven and self.rotation_is_due and self.world.is_main:
+            self.folder.rotate(self.settings.save_total_limit)
+            self.rotation_is_due = False
 
     def save(self) -> None:
-        """A checkpoint of the last whole update. While updates are being skipped no older one is removed."""
+        """A checkpoint of the last whole update."""
         step, settings = self.counters["step"], self.settings
         state = {
             "schedule": self.schedule.state_dict(),
@@ -304,13 +321,14 @@ class _Run:
         except checkpoint.NotFiniteError as error:
             raise TrainingStopped(
                 f"after update {step} {error} is not finite (is learning_rate={settings.learning_rate:g} or "
-                f"weight_decay={settings.weight_decay:g} too large?); this model is not saved"
+                f"weight_decay={settings.weight_decay:g} too large?); it is not saved"
             ) from error
         except checkpoint.CheckpointError as error:
             raise checkpoint.CheckpointError(f"{error}; {self.folder.whole_checkpoints()}") from error
         self.saved_step = step
         if self.world.is_main:
-            self.folder.wrote(path, None if self.skipped_in_a_row else settings.save_total_limit)
+            self.folder.wrote(path)
+            self.rotation_is_due = True
             size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
             tqdm.write(f"saved {path} ({size:.0f} MB, {time.perf_counter() - began:.1f} s)")
 
@@ -331,11 +349,12 @@ class _Run:
         if self.held_out:
             after = self.evaluate()
             self.log(after)
+        self.rotate(proven=after is None or all(map(math.isfinite, after.values())))
         final = self.folder.path / "final"
         try:
             checkpoint.save_folder(final, self.model, self.tokenizer, world=self.world)
         except checkpoint.NotFiniteError as error:
-            raise TrainingStopped(f"{error} is not finite; this model is not saved") from error
+            raise TrainingStopped(f"{error} is not finite; the model is not saved") from error
         self.close()
         if self.tracker is not None:
             plots = self._draw()
@@ -352,6 +371,18 @@ class _Run:
         """Print on rank 0."""
         if self.world.is_main:
             print(text)
+
+    def _questions(self) -> dict[str, list]:
+        """What every evaluation asks the model."""
+        settings = self.settings
+        if not settings.recall_samples:
+            return {}
+        try:
+            return questions_of_recall(
+                self.tokenizer, settings.max_length, settings.recall_samples, settings.seed
+            )
+        except ValueError as error:
+            raise SettingsError(f"recall_samples: {error}; max_length is {settings.max_length}") from error
 
     def _draw(self) -> list[Path]:
         try:

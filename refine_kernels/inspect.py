@@ -1,10 +1,10 @@
 """What the compiler makes of every kernel: ``python -m refine_kernels.inspect``. No GPU is needed.
 
-Every configuration that a launcher can choose (``refine_kernels.<op>.variants``) is compiled for every
-architecture. One line each says how many registers a thread has, how many bytes of registers the compiler
-spilled to memory, how much shared memory a program takes and which tensor-core instruction was found. The
-exit status is 1 when a kernel does not compile, needs more shared memory than the chip has, spills more than
-its stated budget on an NVIDIA chip, or lacks the tensor-core instruction that it must have.
+What is compiled is what the launchers launch, for every architecture: ``refine_kernels.<op>.variants`` calls them,
+and :mod:`refine_kernels.launches` writes down what they do. One line each says how many registers a thread has, how
+many bytes of registers the compiler spilled to memory, how much shared memory a program takes and which tensor-core
+instruction was found. The exit status is 1 when a kernel does not compile, needs more shared memory than the chip
+has, spills more than its stated budget on an NVIDIA chip, or lacks the tensor-core instruction that it must have.
 
 Registers and shared memory are read from the finished binary. Spilled bytes are those of all loads from and
 stores to local memory in its machine code, each instruction counted once however often it runs: the sum of
@@ -31,8 +31,9 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import refine_kernels
-from refine_kernels.kernel_variant import KernelVariant
+from refine_kernels import launches
+from refine_kernels.chips import Chip
+from refine_kernels.launches import KernelVariant
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Arch:
     """A chip to compile for."""
 
     name: str
+    multiprocessors: int
     backend: str  # Triton's name of it: "cuda" or "hip"
     version: int | str
     warp_size: int
@@ -50,10 +52,13 @@ class Arch:
 ARCHS = {
     arch.name: arch
     for arch in (
-        Arch("sm_80", "cuda", 80, 32, 166_912, r"mma\.sync"),
-        Arch("sm_90", "cuda", 90, 32, 232_448, r"wgmma(?=\.mma_async)|mma\.sync"),
-        Arch("sm_100", "cuda", 100, 32, 232_448, r"tcgen05(?=\.mma)|mma\.sync"),
-        Arch("gfx942", "hip", "gfx942", 64, 65_536, r"mfma(?=_)"),
+        Arch("sm_80", 108, "cuda", 80, 32, 166_912, r"mma\.sync"),  # A100
+        Arch("sm_86", 84, "cuda", 86, 32, 101_376, r"mma\.sync"),  # A40, RTX 3090
+        Arch("sm_89", 142, "cuda", 89, 32, 101_376, r"mma\.sync"),  # L40S, RTX 4090
+        Arch("sm_90", 132, "cuda", 90, 32, 232_448, r"wgmma(?=\.mma_async)|mma\.sync"),  # H100
+        Arch("sm_100", 148, "cuda", 100, 32, 232_448, r"tcgen05(?=\.mma)|mma\.sync"),  # B200
+        Arch("sm_120", 170, "cuda", 120, 32, 101_376, r"mma\.sync"),  # RTX 5090
+        Arch("gfx942", 304, "hip", "gfx942", 64, 65_536, r"mfma(?=_)"),  # MI300X
     )
 }
 _BYTES_OF_ACCESS = {"": 4, "64": 8, "128": 16, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
@@ -87,13 +92,14 @@ class Report:
 
 def ops_with_kernels() -> list[str]:
     """The folders of ``refine_kernels`` that have a ``variants.py``."""
-    return sorted(file.parent.name for file in Path(refine_kernels.__file__).parent.glob("*/variants.py"))
+    return sorted(file.parent.name for file in Path(__file__).parent.glob("*/variants.py"))
 
 
 @lru_cache
-def variants_of(op: str) -> list[KernelVariant]:
-    """Every configuration that the launchers of ``refine_kernels/<op>`` can choose."""
-    return list(importlib.import_module(f"refine_kernels.{op}.variants").kernel_variants())
+def variants_of(op: str, arch: str) -> list[KernelVariant]:
+    """Every kernel that the launchers of ``refine_kernels/<op>`` launch on a chip."""
+    calls = importlib.import_module(f"refine_kernels.{op}.variants").calls()
+    return launches.recorded(op, calls, Chip(arch, ARCHS[arch].multiprocessors))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -118,21 +124,13 @@ def measure(variant: KernelVariant, arch: Arch) -> Measured:
     from triton.backends.compiler import GPUTarget
 
     names = variant.kernel.arg_names
-    for given, of_what in ((variant.signature, "signature"), (variant.constants, "constants")):
-        if unknown := set(given) - set(names):
-            raise ValueError(f"{of_what} names no argument of the kernel: {', '.join(sorted(unknown))}")
-    if missing := [name for name in names if name not in variant.signature]:
-        raise ValueError(f"signature lacks {', '.join(missing)}")
-    constexprs = {name for name, kind in variant.signature.items() if kind == "constexpr"}
-    if constexprs != set(variant.constants):
-        raise ValueError(f"without value or type: {', '.join(sorted(constexprs ^ set(variant.constants)))}")
-
-    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible_by_16}
+    if list(variant.signature) != names:
+        raise ValueError(f"signature must be of {', '.join(names)}, got {', '.join(variant.signature)}")
     source = triton.compiler.ASTSource(
         fn=variant.kernel,
-        signature={name: variant.signature[name] for name in names},
+        signature=variant.signature,
         constexprs=variant.constants,
-        attrs=divisible,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible_by_16},
     )
     target = GPUTarget(arch.backend, arch.version, arch.warp_size)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
@@ -218,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"refine_kernels.inspect: {error}", file=sys.stderr)
         return 2
 
-    width = max(len(variants_of(op)[i].name) for op, i, _ in chosen)
+    width = max(len(variants_of(op, arch)[i].name) for op, i, arch in chosen)
     print(
         _columns(width, "variant", "arch", "warps", "stages", "regs", "spilled", "shared / limit", "tensor")
     )
@@ -263,10 +261,9 @@ def _choose(options: argparse.Namespace) -> list[tuple[str, int, str]]:
     chosen = [
         (op, i, arch)
         for op in options.op or there
-        for i, variant in enumerate(variants_of(op))
-        if options.kernel in variant.name
         for arch in options.arch
-        if arch in (variant.archs or ARCHS)
+        for i, variant in enumerate(variants_of(op, arch))
+        if options.kernel in variant.name
     ]
     if not chosen:
         raise ValueError(f"--kernel {options.kernel!r} is in the name of no variant of {', '.join(there)}")
@@ -285,7 +282,7 @@ def _run(chosen: Iterable[tuple[str, int, str]], jobs: int) -> Iterator[Report]:
 
 def _inspect(op: str, i: int, arch: str) -> Report:
     """What a worker does: kernels cannot be sent to another process, their place in the list can."""
-    return inspect_variant(variants_of(op)[i], ARCHS[arch])
+    return inspect_variant(variants_of(op, arch)[i], ARCHS[arch])
 
 
 def _line(width: int, report: Report) -> str:

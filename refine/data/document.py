@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +15,31 @@ class DataError(ValueError):
 
 
 class Document(NamedTuple):
-    """One text with a name that identifies it: the same text under the same name, wherever it is read."""
+    """One text with a name that identifies it: the same text under the same name, wherever it is read.
+
+    ``answers`` are the places in it that only the rest of the document tells, as (first character, the one behind
+    the last), in order; None: the source does not mark any.
+    """
 
     name: str
     text: str
+    answers: tuple[tuple[int, int], ...] | None = None
+
+
+class Answer(str):
+    """A piece of a document that is an answer."""
+
+    __slots__ = ()
+
+
+def document_of(name: str, pieces: Iterable[str]) -> Document:
+    """The document that these pieces are, one behind the other; those of class :class:`Answer` are marked."""
+    pieces, answers, place = list(pieces), [], 0
+    for piece in pieces:
+        if isinstance(piece, Answer):
+            answers.append((place, place + len(piece)))
+        place += len(piece)
+    return Document(name, "".join(pieces), tuple(answers))
 
 
 class BadRow(NamedTuple):

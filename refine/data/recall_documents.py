@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from refine.data.default_text import SPLITS, default_document, default_names
-from refine.data.document import Document
+from refine.data.document import Answer, Document, document_of
 
 FORMATS = ("lists", "pairs", "copies", "names", "facts")
 QUESTION_FORMATS = ("lists", "pairs", "names", "facts")  # those of which recall_items can ask
@@ -62,8 +62,8 @@ class _Fact(NamedTuple):
     answer: str
     closing: str
 
-    def asked(self) -> str:
-        return self.question + self.answer + self.closing
+    def asked(self) -> tuple[str, ...]:
+        return self.question, Answer(self.answer), self.closing
 
 
 def recall_document(seed: int, index: int, target_chars: int = 5_000, split: str = "train") -> Document:
@@ -74,11 +74,12 @@ def recall_document(seed: int, index: int, target_chars: int = 5_000, split: str
     rng = random.Random(f"recall/{split}/{seed}/{index}")
     format = rng.choices(FORMATS, weights=[_WEIGHTS[name] for name in FORMATS])[0]
     if format == "copies":
-        text = _copies(rng, target_chars, split)
+        pieces = [_copies(rng, target_chars, split)]
     else:
-        body, facts = _body(rng, format, rng.choice(VALUE_KINDS), target_chars, split)
-        text = body + "".join(fact.asked() for fact in facts[:24])
-    return Document(f"recall/{split}/{seed}/{index}", text)
+        pieces, facts = _body(rng, format, rng.choice(VALUE_KINDS), target_chars, split)
+        for fact in facts[:24]:
+            pieces += fact.asked()
+    return document_of(f"recall/{split}/{seed}/{index}", pieces)
 
 
 def recall_items(
@@ -100,7 +101,8 @@ def recall_items(
     for index in range(count):
         rng = random.Random(f"recall-items/{split}/{seed}/{index}")
         format = formats[index % len(formats)]
-        body, facts = _body(rng, format, value_kind, target_chars, split)
+        pieces, facts = _body(rng, format, value_kind, target_chars, split)
+        body = "".join(pieces)
         answers = [fact.answer for fact in facts]
         yield RecallItem(
             prompt=body + facts[0].question,
@@ -118,8 +120,8 @@ def _chance(answers: list[str]) -> float:
 
 def _body(
     rng: random.Random, format: str, value_kind: str, target_chars: int, split: str
-) -> tuple[str, list[_Fact]]:
-    """A text up to its final questions, and all its facts in the order in which they are to be asked there.
+) -> tuple[list[str], list[_Fact]]:
+    """The pieces of a text up to its final questions, and all its facts in the order in which they are asked there.
     The first of these was not asked in the text."""
     if format == "lists":
         return _lists(rng, target_chars, split)
@@ -132,7 +134,7 @@ def _body(
     order = [first, *rng.sample([fact for fact in facts if fact is not first], len(facts) - 1)]
     known_early = order[len(order) // 2 :]
 
-    spoken = sum(len(fact.statement + fact.asked()) for fact in facts)
+    spoken = sum(len("".join((fact.statement, *fact.asked()))) for fact in facts)
     pieces = _passages(rng, max(400, target_chars - spoken * 3 // 2), 3 * len(facts), split)
     late = len(pieces) * 4 // 5  # no fact after this
     places = sorted(rng.randrange(late) for _ in facts)
@@ -145,11 +147,11 @@ def _body(
             told.append(facts[len(told)])
         known = [fact for fact in told[:-1] if fact in known_early]
         if known and rng.random() < 0.3:
-            parts.append(rng.choice(known).asked())
-    return "".join(parts) + "\n", order
+            parts += rng.choice(known).asked()
+    return [*parts, "\n"], order
 
 
-def _lists(rng: random.Random, target_chars: int, split: str) -> tuple[str, list[_Fact]]:
+def _lists(rng: random.Random, target_chars: int, split: str) -> tuple[list[str], list[_Fact]]:
     """Lines of words drawn from a default document, each line twice; one stands once, early, and the question
     is how it goes on."""
     vocabulary = sorted(set(re.findall(r"[A-Za-z]{3,9}", _filler(rng.choice(default_names(split))))))
@@ -164,10 +166,10 @@ def _lists(rng: random.Random, target_chars: int, split: str) -> tuple[str, list
     place = rng.randrange(1 + len(parts) // 3)
     parts[0], parts[place] = parts[place], parts[0]
     fact = _Fact(statement=line, question=question, answer=f" {words[cut]}", closing=closing)
-    return "".join(parts), [fact]
+    return parts, [fact]
 
 
-def _pairs(rng: random.Random, value_kind: str, target_chars: int) -> tuple[str, list[_Fact]]:
+def _pairs(rng: random.Random, value_kind: str, target_chars: int) -> tuple[list[str], list[_Fact]]:
     """Rounds of new pairs, each followed by questions about old and new ones: nothing but recall, the
     format that teaches it first."""
     size = rng.randint(4, 16)
@@ -181,10 +183,11 @@ def _pairs(rng: random.Random, value_kind: str, target_chars: int) -> tuple[str,
         told += new
         recent = [fact for fact in told[-3 * size :] if fact not in unasked]
         asked = rng.sample(recent, min(len(recent), 2 * size))
-        parts += [*(fact.statement for fact in new), "\n", *(fact.asked() for fact in asked), "\n"]
+        parts += [*(fact.statement for fact in new), "\n"]
+        parts += [*(piece for fact in asked for piece in fact.asked()), "\n"]
         written = sum(map(len, parts))
     others = [fact for fact in told if fact not in unasked]
-    return "".join(parts), unasked + rng.sample(others, len(others))
+    return parts, unasked + rng.sample(others, len(others))
 
 
 def _draw_facts(rng: random.Random, format: str, value_kind: str, count: int) -> list[_Fact]:

@@ -12,10 +12,11 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from refine.data.default_text import default_document, default_names
 from refine.data.document import BadRow, DataError, Document
+from refine.data.needles import Count, needle_document
 from refine.data.recall_documents import recall_document
 from refine.data.rows import INSTALL, STRETCH, JsonLines, Parquet, first_line
 
@@ -40,11 +41,12 @@ def open_source(
     *,
     setting: str = "dataset_name_or_path",
     text_column: str | None = None,
+    answers_column: str | None = None,
     dataset_config: str | None = None,
     dataset_split: str = "train",
 ) -> Source:
     """The local file, the folder (with its subfolders) or the hub dataset that ``value`` names."""
-    path = Path(value).expanduser()
+    path, columns = Path(value).expanduser(), Columns(text_column, answers_column)
     allowed = ", ".join(_FILES)
     if path.is_dir():
         files = [file for file in sorted(path.rglob("[!.]*")) if file.suffix.lower() in _FILES]
@@ -52,7 +54,7 @@ def open_source(
         if not files:
             raise DataError(f"{setting} is {value!r}, a folder without a data file in it; allowed: {allowed}")
         names = [file.relative_to(path).as_posix() for file in files]
-        return Folder(value, [_open_file(file, name, text_column) for file, name in zip(files, names)])
+        return Folder(value, [_open_file(file, name, columns) for file, name in zip(files, names)])
     suffix = path.suffix.lower()
     if path.exists():
         if suffix not in _FILES:
@@ -61,10 +63,10 @@ def open_source(
             )
         if not path.stat().st_size:
             raise DataError(f"{setting} is {value!r}, an empty file")
-        return _open_file(path, path.name, text_column)
+        return _open_file(path, path.name, columns)
     if suffix in {*_FILES, ".json", ".csv", ".gz", ".zst"} or value[:1] in "./~" or value.count("/") > 1:
         raise DataError(f"{setting} is {value!r}, but there is no such file or folder")
-    return HubDataset(value, setting, text_column, dataset_config, dataset_split)
+    return HubDataset(value, setting, columns, dataset_config, dataset_split)
 
 
 class DefaultText:
@@ -93,11 +95,27 @@ class RecallText:
             yield recall_document(self._seed, unit, self._target_chars, self._split)
 
 
+class NeedleText:
+    """Documents of needles of up to ``tokens`` tokens, one a unit: endless in training, 64 held out."""
+
+    def __init__(self, seed: int, split: str, tokens: int, count: Count):
+        self.name, self.files = "the needle documents", []
+        self.units = None if split == "train" else _HELD_OUT_RECALL
+        self._seed, self._split, self._tokens, self._count = seed, split, tokens, count
+
+    def rows(self, unit: int, start: int) -> Iterator[Document]:
+        if start == 0:
+            yield needle_document(self._seed, unit, self._tokens, self._count, self._split)
+
+
 class TextFile:
     """A ``.txt`` file, in stretches of 256 KiB that end at a line's end: each is a unit and a document."""
 
-    def __init__(self, path: Path, name: str, text_column: str | None):
-        del text_column  # plain text has none
+    def __init__(self, path: Path, name: str, columns: Columns):
+        if columns.answers is not None:
+            raise DataError(
+                f"answers_column is {columns.answers!r}, but {path} is plain text and has no columns"
+            )
         self._path, self.name, self.files = path, name, [path]
         self.units = -(-path.stat().st_size // STRETCH)
 
@@ -134,10 +152,42 @@ def _boundary(file: BinaryIO, place: int) -> int:
     return place + next(inside, 0)
 
 
-class Table:
-    """One column of a file of rows."""
+class Columns(NamedTuple):
+    """Which columns of a table are read."""
 
-    def __init__(self, file: JsonLines | Parquet, name: str, text_column: str | None):
+    text: str | None = None  # None: found
+    answers: str | None = None  # None: answers are not marked
+
+
+class _RowReader:
+    """From a row to its document. ``rows`` are a sample, ``where`` is what they are of, for people."""
+
+    def __init__(self, columns: Columns, rows: list[dict], name: str, where: str):
+        self._name, self._text, self._answers = (
+            name,
+            _choose_column(columns.text, rows, where),
+            columns.answers,
+        )
+        if self._answers is not None:
+            _check_column("answers_column", self._answers, rows, where)
+        self.columns = [self._text] if self._answers is None else [self._text, self._answers]
+
+    def read(self, row: dict, place: str, where: Callable[[], str]) -> Document | BadRow:
+        text = row.get(self._text)
+        try:
+            if not isinstance(text, str):
+                raise ValueError(f"no text in column {self._text!r}")
+            answers = None if self._answers is None else find_answers(text, row.get(self._answers))
+        except ValueError as error:
+            fault = str(error)
+            return BadRow(lambda: f"{where()}: {fault}", fault)
+        return Document(f"{self._name}{place}", text, answers)
+
+
+class Table:
+    """The text of a file of rows, and its answers where they are marked."""
+
+    def __init__(self, file: JsonLines | Parquet, name: str, columns: Columns):
         self._file, self.name, self.units = file, name, file.units
         self.files = [file.path]
         rows, fault = file.sample(_SAMPLE)
@@ -146,17 +196,14 @@ class Table:
                 f"no row can be read; the first: {fault.describe()}" if fault else "there is no row in it"
             )
             raise DataError(f"nothing to read in {file.path}: {reason}")
-        self._column = _choose_column(text_column, rows, str(file.path))
+        self._reader = _RowReader(columns, rows, name, str(file.path))
 
     def rows(self, unit: int, start: int) -> Iterator[Document | BadRow]:
-        for place, row in self._file.rows(unit, start, [self._column]):
+        for place, row in self._file.rows(unit, start, self._reader.columns):
             if isinstance(row, BadRow):
                 yield row
-            elif isinstance(row.get(self._column), str):
-                yield Document(f"{self.name}{place}", row[self._column])
             else:
-                fault = f"no text in column {self._column!r}"
-                yield BadRow(lambda place=place, fault=fault: f"{self._file.where(place)}: {fault}", fault)
+                yield self._reader.read(row, place, lambda place=place: self._file.where(place))
 
 
 class Folder:
@@ -180,7 +227,7 @@ class HubDataset:
     units = 1
 
     def __init__(
-        self, name: str, setting: str, text_column: str | None, dataset_config: str | None, dataset_split: str
+        self, name: str, setting: str, columns: Columns, dataset_config: str | None, dataset_split: str
     ):
         self.name, self.files = name, []
         try:
@@ -200,31 +247,67 @@ class HubDataset:
             ) from error
         if not sample:
             raise DataError(f"dataset_split is {dataset_split!r}, which has no row in the dataset {name!r}")
-        self._column = _choose_column(text_column, sample, f"the dataset {name!r}")
+        self._reader = _RowReader(columns, sample, name, f"the dataset {name!r}")
 
     def rows(self, unit: int, start: int) -> Iterator[Document | BadRow]:
-        values = (row.get(self._column) for row in self._rows.skip(start))
-        yield from _texts(values, start, self.name, self._column)
+        for number, row in enumerate(self._rows.skip(start), start):
+            yield self._reader.read(row, f"#{number}", lambda number=number: f"{self.name}, row {number}")
 
 
-def _texts(values: Iterator[Any], first: int, name: str, column: str) -> Iterator[Document | BadRow]:
-    for number, value in enumerate(values, first):
-        if isinstance(value, str):
-            yield Document(f"{name}#{number}", value)
-        else:
-            yield BadRow(lambda number=number: f"{name}, row {number}: no text in column {column!r}")
+def find_answers(text: str, marked: Any) -> tuple[tuple[int, int], ...]:
+    """Where the answers stand in a text.
+
+    Args:
+        marked: a list of answers, or one; each a text, of which the last place in the document is meant, or
+            ``[first, behind]``: its first character and the one behind its last.
+
+    Raises:
+        ValueError: an answer does not stand in the text, or is no text and no range of characters.
+    """
+    marked = [] if marked is None else [marked] if isinstance(marked, str) else list(marked)
+    found = []
+    for answer in marked:
+        if isinstance(answer, str):
+            first = text.rfind(answer) if answer else -1
+            if first < 0:
+                raise ValueError(f"the answer {short(answer)} does not stand in the text")
+            found.append((first, first + len(answer)))
+            continue
+        ends = list(answer) if isinstance(answer, list | tuple) else []
+        if (
+            len(ends) != 2
+            or not all(isinstance(end, int) for end in ends)
+            or not 0 <= ends[0] < ends[1] <= len(text)
+        ):
+            raise ValueError(
+                f"an answer is a text or [first, behind] within the {len(text)} characters of the document, "
+                f"got {short(answer)}"
+            )
+        found.append((ends[0], ends[1]))
+    return tuple(sorted(found))
+
+
+def short(value: Any) -> str:
+    """A value as it is shown in a sentence."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:50]}..."
+
+
+def _check_column(setting: str, requested: str, rows: list[dict], where: str) -> None:
+    there = sorted({column for row in rows for column in row})
+    if requested not in there:
+        raise DataError(
+            f"{setting} is {requested!r}, a column that {where} does not have; those there: "
+            f"{', '.join(there) or 'none'}"
+        )
 
 
 def _choose_column(requested: str | None, rows: list[dict], where: str) -> str:
     """The column that was asked for; else "text", or the one with the longest text in these rows."""
-    there = sorted({column for row in rows for column in row})
     if requested is not None:
-        if requested not in there:
-            raise DataError(
-                f"text_column is {requested!r}, a column that {where} does not have; those there: "
-                f"{', '.join(there) or 'none'}"
-            )
+        _check_column("text_column", requested, rows, where)
         return requested
+    there = sorted({column for row in rows for column in row})
     lengths = {
         column: sum(len(row[column]) for row in rows if isinstance(row.get(column), str))
         for column in there
@@ -235,15 +318,15 @@ def _choose_column(requested: str | None, rows: list[dict], where: str) -> str:
     return "text" if "text" in lengths else max(lengths, key=lengths.__getitem__)
 
 
-_FILES: dict[str, Callable[[Path, str, str | None], Source]] = {
-    ".parquet": lambda path, name, column: Table(Parquet(path), name, column),
-    ".jsonl": lambda path, name, column: Table(JsonLines(path), name, column),
+_FILES: dict[str, Callable[[Path, str, Columns], Source]] = {
+    ".parquet": lambda path, name, columns: Table(Parquet(path), name, columns),
+    ".jsonl": lambda path, name, columns: Table(JsonLines(path), name, columns),
     ".txt": TextFile,
 }
 
 
-def _open_file(path: Path, name: str, text_column: str | None) -> Source:
+def _open_file(path: Path, name: str, columns: Columns) -> Source:
     try:
-        return _FILES[path.suffix.lower()](path, name, text_column)
+        return _FILES[path.suffix.lower()](path, name, columns)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error

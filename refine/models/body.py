@@ -10,7 +10,10 @@ begin.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import ClassVar
 
 import torch
@@ -24,7 +27,19 @@ from refine.models.config import FastWeightConfig
 from refine.models.layout import BatchLayout, Packing, place
 from refine.models.names import refuse_unknown
 from refine.models.output import CACHE_NAME, FastWeightOutput
-from refine.models.state import FastWeightState, StateTrace
+from refine.models.state import FastWeightState, StateTrace, check_state, position_before, state_after
+
+_drawn_outside: ContextVar[bool] = ContextVar("_drawn_outside", default=False)
+
+
+@contextlib.contextmanager
+def weights_drawn_outside() -> Iterator[None]:
+    """Bodies made in here leave their weights to be drawn by the model that they become a part of."""
+    token = _drawn_outside.set(True)
+    try:
+        yield
+    finally:
+        _drawn_outside.reset(token)
 
 
 class FastWeightPreTrainedModel(PreTrainedModel):
@@ -88,10 +103,8 @@ class FastWeightModel(FastWeightPreTrainedModel):
     norm_class: ClassVar[type[nn.Module]] = RMSNorm
     embeddings_name: ClassVar[str] = "embeddings"
 
-    def __init__(self, config: FastWeightConfig, draw_weights: bool = True):
-        """``draw_weights=False`` leaves the weights to the model around this one, which draws all at once."""
+    def __init__(self, config: FastWeightConfig):
         super().__init__(config)
-        self._draw_weights = draw_weights
         self.set_input_embeddings(nn.Embedding(config.vocab_size, config.hidden_size))
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList(self.block_class(config, self.make_mixer(config, i), i) for i in layers)
@@ -113,8 +126,8 @@ class FastWeightModel(FastWeightPreTrainedModel):
         return self.mixers[kind](config)
 
     def init_weights(self) -> None:
-        """Draw the weights, where that is this module's own matter."""
-        if self._draw_weights:
+        """Draw the weights, unless a model around this one draws all at once."""
+        if not _drawn_outside.get():
             super().init_weights()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -190,8 +203,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
         position = None if state is None else state.position
         placed = place((batch, tokens), attention_mask, packing, position, embeds.device)
         rows = placed.take_in(embeds)
-        if state is not None:
-            self._check_state(state, rows, placed.layout)
+        check_state(state, len(self.layers), rows, placed.layout)
 
         keep_state = use_cache if use_cache is not None else (self.config.use_cache and not self.training)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -204,28 +216,15 @@ class FastWeightModel(FastWeightPreTrainedModel):
             traces.append(trace)
         hidden = placed.put_back(self.norm(hidden), batch, tokens)
 
-        read = placed.layout.tokens_read(rows)
-        start = torch.zeros_like(read) if state is None else state.position
         output = FastWeightOutput(last_hidden_state=hidden, document_ends=placed.ends)
         if keep_state:
-            output[CACHE_NAME] = FastWeightState(states, start + read, _padding(placed, state, read, tokens))
+            output[CACHE_NAME] = state_after(state, states, rows, placed.layout)
         if state_stride is not None:
-            output.trace = StateTrace(traces, start)
+            output.trace = StateTrace(traces, position_before(state, rows, placed.layout))
         if wanted:
             output.hidden_states = (*(placed.put_back(x, batch, tokens) for x in every), hidden)
         keep_names = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
         return output if keep_names is not False else output.to_tuple()
-
-    def _check_state(self, state: FastWeightState, rows: torch.Tensor, layout: BatchLayout) -> None:
-        count = len(layout.document_lengths) if layout.packed else rows.shape[0]
-        if len(state) != count:
-            raise ValueError(
-                f"past_key_values holds {len(state)} sequences, but {count} are to go on from it"
-            )
-        if len(state.layers) != len(self.layers):
-            raise ValueError(
-                f"past_key_values is the state of {len(state.layers)} layers, but the model has {len(self.layers)}"
-            )
 
 
 def _read_state(past_key_values, cache) -> FastWeightState | None:
@@ -257,11 +256,3 @@ def _check_stride(state_stride) -> None:
     whole = isinstance(state_stride, int) and not isinstance(state_stride, bool)
     if state_stride is not None and (not whole or state_stride < 64 or state_stride % 64):
         raise ValueError(f"state_stride must be a positive multiple of 64, got {state_stride!r}")
-
-
-def _padding(placed, state, read: torch.Tensor, tokens: int) -> torch.Tensor | None:
-    """[N] columns that were padding to each sequence so far, or None."""
-    before = None if state is None else state.padding
-    if placed.layout.lengths is None:
-        return before
-    return tokens - read if before is None else before + tokens - read

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.generation import GenerationMixin
 
-from refine.models.body import FastWeightModel, FastWeightPreTrainedModel
+from refine.models.body import FastWeightModel, FastWeightPreTrainedModel, weights_drawn_outside
 from refine.models.config import FastWeightConfig
 from refine.models.head import HeadRequest
 from refine.models.names import refuse_unknown
@@ -37,7 +37,8 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: FastWeightConfig):
         super().__init__(config)
-        self.model = self.body_class(config, draw_weights=False)
+        with weights_drawn_outside():
+            self.model = self.body_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 

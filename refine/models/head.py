@@ -42,12 +42,19 @@ class NextTokenLoss:
     needs_weight: ClassVar[bool] = True
 
     def __call__(self, hidden: torch.Tensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        targets, row_weight = self.targets, self.row_weight
+        if (
+            not self.entropy and hidden.device.type == "cpu"
+        ):  # elsewhere, to count them would wait for the device
+            counted = (row_weight != 0) & (targets != -100)
+            if 0 < counted.sum() < counted.numel() / 2:
+                hidden, targets, row_weight = hidden[counted], targets[counted], row_weight[counted]
         result = linear_cross_entropy(
             hidden,
             weight,
-            self.targets,
+            targets,
             reduction="sum",
-            row_weight=self.row_weight,
+            row_weight=row_weight,
             return_entropy=self.entropy,
         )
         return {"loss": result[0], "entropy": result[1]} if self.entropy else {"loss": result}

@@ -11,6 +11,7 @@ What differs from family to family is in its body's ``mixers``, norms and MLP.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,6 +35,8 @@ from refine.models.grouped_delta import OlmoHybridGatedDelta, Qwen3_5GatedDelta,
 from refine.models.layout import BatchLayout
 from refine.models.registry import register_model
 
+LAYER_TYPES = ("full_attention", "linear_attention")
+
 # ---- configurations: transformers' own, with what this project asks of one
 
 
@@ -42,33 +45,34 @@ class HybridConfig:
 
     only_implemented: ClassVar[dict[str, tuple]] = {
         "hidden_act": ("silu", "swish"),
-        "attention_dropout": (0, None),
-        "output_router_logits": (False, None),
-        "quantization_config": (None,),
+        "attention_dropout": (0,),
+        "output_router_logits": (False,),
     }
+    keys_to_ignore_at_inference: ClassVar[list[str]] = FastWeightConfig.keys_to_ignore_at_inference
 
-    def __init__(self, **settings):
-        for key, implemented in self.only_implemented.items():
-            if settings.get(key) in implemented or key not in settings:
-                continue
-            if key == "quantization_config":
-                raise ValueError(
-                    f"{self.model_type}: the checkpoint's weights are quantised (quantization_config); take one in "
-                    "bfloat16, float16 or float32"
-                )
-            allowed = " or ".join(repr(value) for value in implemented if value is not None)
+    def __post_init__(self, **settings):
+        super().__post_init__(**settings)
+        if getattr(self, "quantization_config", None) is not None:
             raise ValueError(
-                f"{self.model_type} config: {key}={settings[key]!r} is not implemented, only {allowed} is"
+                f"{self.model_type}: the checkpoint's weights are quantised (quantization_config); take one in "
+                "bfloat16, float16 or float32"
             )
-        for i, kind in enumerate(settings.get("layer_types") or ()):
+        for key, implemented in self.only_implemented.items():
+            if (value := getattr(self, key, None)) not in (None, *implemented):
+                allowed = " or ".join(map(repr, implemented))
+                raise ValueError(
+                    f"{self.model_type} config: {key}={value!r} is not implemented, only {allowed} is"
+                )
+        for i, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:
                 raise ValueError(
                     f"{self.model_type}: layer_types[{i}] must be one of {', '.join(LAYER_TYPES)}, got {kind!r}"
                 )
-        try:
-            super().__init__(**settings)
-        except StrictDataclassError as error:
-            raise ValueError(f"{self.model_type} config: {error}") from error
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"{self.model_type} config: num_hidden_layers is {self.num_hidden_layers}, but layer_types names "
+                f"{len(self.layer_types)} layers"
+            )
 
     @classmethod
     def settings(cls) -> frozenset[str]:
@@ -107,21 +111,37 @@ class HybridConfig:
         return self.rms_norm_eps
 
 
-LAYER_TYPES = ("full_attention", "linear_attention")
+def _with_value_errors(config_class: type) -> type:
+    """A class decorator: what the configuration's own check of types finds becomes a ValueError."""
+    construct = config_class.__init__
+
+    @functools.wraps(construct)
+    def __init__(self, *args, **settings):
+        try:
+            construct(self, *args, **settings)
+        except StrictDataclassError as error:
+            raise ValueError(f"{config_class.model_type} config: {error}") from error
+
+    config_class.__init__ = __init__
+    return config_class
 
 
+@_with_value_errors
 class Qwen3_5Config(HybridConfig, TransformersQwen3_5Config):
     """Of the language model of a dense Qwen3.5."""
 
 
+@_with_value_errors
 class Qwen3_5MoeConfig(HybridConfig, TransformersQwen3_5MoeConfig):
     """Of the language model of a Qwen3.5 with a mixture of experts."""
 
 
+@_with_value_errors
 class Qwen3NextConfig(HybridConfig, TransformersQwen3NextConfig):
     """Of a Qwen3-Next."""
 
 
+@_with_value_errors
 class OlmoHybridConfig(HybridConfig, TransformersOlmoHybridConfig):
     """Of an OLMo-hybrid."""
 

@@ -63,6 +63,7 @@ def target_loss(
     targets: torch.Tensor,  # [B, T], -100 where there is none
     weight: torch.Tensor,  # [B, T] float32
     segment_length: int | None = None,
+    context: ContextParallel | None = None,
 ) -> torch.Tensor:
     """The weighted sum of next-token cross-entropies."""
-    return next_token_loss(model, LabelledTokens(input_ids, targets, weight), segment_length)
+    return next_token_loss(model, LabelledTokens(input_ids, targets, weight), segment_length, context)

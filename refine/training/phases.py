@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from refine.data.curriculum import Curriculum
 from refine.data.pairs import PairBatch, PairColumns, PairStream, held_out_pairs, training_pairs
 from refine.data.prompts import PromptBatch, held_out_prompts, training_prompts
 from refine.data.stream import Batch, DataStream, held_out_stream, training_stream
 from refine.evaluation.held_out import evaluate_held_out
-from refine.method import RefineStepOutput
+from refine.method import RefineStepOutput, next_token_targets
 from refine.prepare import data_config
 from refine.training.group_phase import GroupPhase, load_reference
 from refine.training.losses import refine_loss, sequence_loss, target_loss
@@ -29,7 +30,7 @@ Draws = list[RefineStepOutput | None]  # one a micro-batch; None: rollouts are d
 
 def open_streams(
     settings: TrainSettings, tokenizer, world: World
-) -> tuple[DataStream | PairStream, list[Batch | PairBatch | PromptBatch]]:
+) -> tuple[DataStream | Curriculum | PairStream, list[Batch | PairBatch | PromptBatch]]:
     """The endless stream to train on, and what is held out, a sequence or pair each.
 
     Raises:
@@ -49,7 +50,12 @@ def open_streams(
         if settings.eval_samples:
             held_out = held_out_pairs(config, columns, tokenizer)
     else:
-        stream = training_stream(config, tokenizer, rank=rank, world_size=readers)
+        if settings.length_schedule:
+            batches = settings.gradient_accumulation_steps
+            lengths = {update * batches: tokens for update, tokens in settings.length_schedule.items()}
+            stream = Curriculum(config, lengths, tokenizer, rank=rank, world_size=readers)
+        else:
+            stream = training_stream(config, tokenizer, rank=rank, world_size=readers)
         if settings.eval_samples:
             held_out = held_out_stream(config, tokenizer)
     return stream, list(islice(held_out.batches(1), settings.eval_samples)) if held_out else []
@@ -122,11 +128,15 @@ class Phase:
         self, mini_batch: list[Batch], draws: Draws, step: int
     ) -> tuple[dict[str, float], RefineStepOutput | None]:
         world, settings, count = self.world, self.settings, len(mini_batch)
+        total = self._total_weight(mini_batch) if settings.weighs_answers else None
         output = None
 
         def loss_of(batch: Batch, draw: RefineStepOutput | None) -> tuple[torch.Tensor, dict[str, Any]]:
             nonlocal output
-            if self.on_text == "sft":
+            if total is not None:
+                loss = self._weighted_loss(batch, total / count)
+                found = {"loss": loss, "ntp_loss": loss}
+            elif self.on_text == "sft":
                 loss = sequence_loss(
                     self.model, batch.input_ids, batch.attention_mask, settings.segment_length, world.relay
                 )
@@ -146,6 +156,19 @@ class Phase:
         tokens, skipped = sum(int(batch.attention_mask.sum()) for batch in mini_batch), metrics.pop("skipped")
         tokens = tokens if world.relay is not None else world.total(tokens)
         return metrics | {"tokens": tokens, "skipped": skipped}, output
+
+    def _total_weight(self, mini_batch: list[Batch]) -> float:
+        """The weights of all tokens of an update, the mean over processes."""
+        local = sum(float(_weights(batch).sum()) for batch in mini_batch)
+        return self.world.mean({"weight": local})["weight"]
+
+    def _weighted_loss(self, batch: Batch, total: float) -> torch.Tensor:
+        """The cross-entropies of a micro-batch by their weights, over ``total``."""
+        targets, _ = next_token_targets(batch.input_ids, batch.attention_mask.sum(1))
+        weight = _weights(batch) / max(total, 1e-9)
+        return target_loss(
+            self.model, batch.input_ids, targets, weight, self.settings.segment_length, self.world.relay
+        )
 
     def _update_on_answers(self, mini_batch: list[PairBatch], metrics: dict[str, float]) -> dict[str, float]:
         """The second update of a post-training step: next-token loss on the answers, every answer token of the
@@ -182,6 +205,12 @@ class Phase:
             "tokens": metrics["tokens"] + answer_tokens,
             "skipped": metrics["skipped"] + answer["skipped"],
         }
+
+
+def _weights(batch: Batch) -> torch.Tensor:
+    """[B, T] float32: what the prediction that each position makes counts, which is the next token's weight."""
+    weight = batch.attention_mask.float() if batch.weight is None else batch.weight * batch.attention_mask
+    return torch.cat([weight[:, 1:], torch.zeros_like(weight[:, :1])], 1)
 
 
 def _measures(output: RefineStepOutput, batch: Batch) -> dict[str, torch.Tensor]:

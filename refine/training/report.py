@@ -14,6 +14,9 @@ EVALUATED = {  # a measure of the held-out sequences -> what the report calls it
     "eval_exact_match": "binary reward",
     "eval_answer_loss": "answer loss",
     "eval_reward": "reward",
+    "eval_niah_single_1": "needles found in noise",
+    "eval_niah_single_2": "needles found in prose",
+    "eval_recall": "recall questions answered",
 }
 
 

@@ -118,24 +118,33 @@ class RunFolder:
         """Where the checkpoint of an update goes."""
         return self.path / f"checkpoint-{step}"
 
-    def wrote(self, folder: Path, keep: int | None) -> None:
-        """Note a new checkpoint, and remove the oldest beyond ``keep`` of those that this run wrote; never the
-        new one, nor the one that the user resumed by name. None removes nothing."""
+    def wrote(self, folder: Path) -> None:
+        """Note a new checkpoint."""
         self.last_saved = folder
         self._written = [name for name in self._written or [] if name != folder.name] + [folder.name]
-        there = [name for name in self._written if (self.path / name / checkpoint.TRAINING_STATE).is_file()]
-        if keep is not None:
-            for name in there[:-keep]:
-                if name not in (folder.name, self._keep_always):
-                    checkpoint.remove_folder(self.path / name)
-                    there.remove(name)
+        self._write_mark()
+
+    def rotate(self, keep: int | None) -> None:
+        """Remove the oldest beyond ``keep`` of the checkpoints that this run wrote, but not the one that the user
+        resumed by name. None removes nothing."""
+        there = [
+            name for name in self._written or [] if (self.path / name / checkpoint.TRAINING_STATE).is_file()
+        ]
+        for name in there[:-keep] if keep is not None else []:
+            if name != self._keep_always:
+                checkpoint.remove_folder(self.path / name)
+                there.remove(name)
         self._written = there
         self._write_mark()
 
     def whole_checkpoints(self) -> str:
         """What is there to go on from, for the end of a sentence."""
         names = [folder.name for folder in checkpoint.list_checkpoints(self.path)]
-        return f"written before: {', '.join(names)}" if names else "no checkpoint was written before"
+        return (
+            f"written before: {', '.join(names)} in {self.path}"
+            if names
+            else "no checkpoint was written before"
+        )
 
     def close(self) -> None:
         """Let others work in the folder."""

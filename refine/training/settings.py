@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, ClassVar
 
+from refine.data.curriculum import check_lengths
 from refine.method.config import RefineConfig
 from refine.prepare import ModelSettings, NewModelSettings, OptimizerSettings, TextSettings
 from refine.settings import (
@@ -69,9 +70,26 @@ class StreamSettings(TextSettings):
 
     eval_dataset_name_or_path: str | None = setting(None, "default: documents held out of the training data")
     eval_fraction: float = setting(0.05, "of the documents, held out for evaluation", least=0, under=1)
-    recall_weight: float = setting(0.5, "of the windows of default+recall", over=0, under=1)
+    recall_weight: float = setting(
+        0.5, "of the windows of default+recall or default+needles", over=0, under=1
+    )
+    answers_column: str | None = setting(
+        None,
+        "a row's answers: a list of texts in it (the last place is meant) or of [first, behind] in characters",
+    )
+    answer_weight: float = setting(
+        1.0,
+        "of an answer's tokens in the next-token loss (phase sft); tokens of documents without answers count 1",
+        over=0,
+    )
+    context_weight: float = setting(1.0, "of the other tokens of a document with answers", least=0)
     shuffle_buffer: int = setting(128, "sequences shuffled together; 1: in order", least=1)
     max_length: int = setting(16384, "tokens a sequence")
+    length_schedule: dict[str, Any] = setting(
+        {},
+        "a curriculum of lengths, as update=tokens,update=tokens: 0=128,500=512,900=1024; shorter sequences come "
+        "in larger batches, of about as many tokens",
+    )
     min_length: int | None = setting(
         None, "shorter documents are skipped; default: what the method needs (1 for pairs' answers)"
     )
@@ -136,6 +154,11 @@ class TrainSettings(
     sample_steps: int = setting(10, "updates between two rollout samples; 0: none", least=0)
     eval_steps: int = setting(0, "updates between two evaluations; 0: first and last", least=0)
     eval_samples: int = setting(16, "held-out sequences an evaluation; 0: none", least=0)
+    recall_samples: int = setting(
+        0,
+        "needles (niah_single_1, niah_single_2) and recall questions each, asked at every evaluation",
+        least=0,
+    )
     save_steps: int = setting(50, "updates between two checkpoints; 0: only the end", least=0)
     save_total_limit: int | None = setting(2, "checkpoints kept; none: all", least=1)
     report_to: list[str] = setting([], "where metrics go besides metrics.jsonl", choices=REPORTERS)
@@ -168,6 +191,13 @@ class TrainSettings(
                 f"max_length must be at least min_length={self.min_length} (num_chunks={self.num_chunks}, "
                 f"rollout_length={self.rollout_length}), got {self.max_length}"
             )
+        if self.length_schedule:
+            self._check_lengths()
+        if self.weighs_answers and self.phase != "sft":
+            raise SettingsError(
+                "answer_weight and context_weight are about the next-token loss of phase sft, and must be 1 in "
+                f"phase {self.phase}; got {self.answer_weight:g} and {self.context_weight:g}"
+            )
         if self.parallel == "context" and self.segment_length is None:
             raise SettingsError("parallel context shares documents by segments: set segment_length")
         if self.phase in ("post", "grpo") and self.parallel == "context":
@@ -192,6 +222,19 @@ class TrainSettings(
             TextRewards(self.reward_funcs, self.reward_weights)
         except ValueError as error:
             raise SettingsError(str(error)) from error
+
+    def _check_lengths(self) -> None:
+        if self.phase == "post":
+            raise SettingsError("length_schedule is about the documents of phases mid and sft, not pairs")
+        try:
+            self.length_schedule = check_lengths(self.length_schedule, self.max_length, self.min_length)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+
+    @property
+    def weighs_answers(self) -> bool:
+        """Whether tokens of a document count differently in the loss."""
+        return (self.answer_weight, self.context_weight) != (1, 1)
 
     @property
     def draws_rollouts(self) -> bool:

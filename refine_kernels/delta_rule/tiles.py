@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from refine_kernels.chips import chip_of
+
 GROUP_TOKENS = 512  # from one kept state to the next
 FEW = 64  # rows x heads that do not occupy a GPU
 JOIN_ROWS = 32  # of a state that join_kernel multiplies at a time
@@ -71,8 +73,8 @@ def block(size: int) -> int:
 
 def has_tensor_memory(device: torch.device) -> bool:
     """Whether it is a data-centre Blackwell, whose tensor cores keep their results in a memory of their own."""
-    on_nvidia = device.type == "cuda" and torch.version.hip is None
-    return on_nvidia and torch.cuda.get_device_capability(device)[0] == 10
+    chip = chip_of(device)
+    return chip is not None and chip.has_tensor_memory
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -83,7 +85,8 @@ def precision_of(dtype: torch.dtype) -> str:
 def program_slots(device: torch.device) -> int:
     """Programs of a scan that a chip holds at once: two on a multiprocessor (their registers and shared memory). 0
     where there is no GPU."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+    chip = chip_of(device)
+    return 0 if chip is None else 2 * chip.multiprocessors
 
 
 def span_tokens(tokens: int, programs: int, slots: int, chunk: int) -> int:

@@ -18,14 +18,11 @@ are 1024 programs. Without gradients. Two kernels:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 
 from refine_kernels.delta_rule.reference import L2_NORM_EPS
-from refine_kernels.kernel_variant import KernelVariant
 
 # By kernel and whether it is float64. Columns of a tile: at least 64 bytes of every state row; more where every
 # tile convolves q and k for itself. Words of a tile that one warp holds, beside q, k and what is on its way.
@@ -359,63 +356,3 @@ def decode_kernel(
     o_new = i_b * (W - 1) * D_k + o_hk
     _new_tail(new_tail_q + o_new, p_q, p_tail_q, T, s_q_t, D_k, m_first, W, DTYPE)
     _new_tail(new_tail_k + o_new, p_k, p_tail_k, T, s_k_t, D_k, m_first, W, DTYPE)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What inspect compiles
-
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float64: "*fp64",
-}
-_SIZES = (*((d, d) for d in (60, 64, 100, 128, 256)), (128, 256))
-_SPILL_BUDGET = 64  # bytes, none at K = V = 128: ptxas gives up a few words for one more resident warp
-
-
-def recurrent_variants() -> Iterator[KernelVariant]:
-    """Both kernels at every tile, by head size and dtype, gated and plain."""
-    for dtype in _POINTERS:
-        for gated in (False, True):
-            for kd, vd in _SIZES:
-                yield _variant(recurrent_kernel, "recurrent", dtype, gated, kd, vd)
-                yield _variant(decode_kernel, "decode", dtype, gated, kd, vd, W=4, BETA_SCALE=1.0)
-
-
-def _variant(
-    kernel, name: str, dtype: torch.dtype, gated: bool, kd: int, vd: int, **constants
-) -> KernelVariant:
-    double = dtype == torch.float64
-    bk, bv, num_warps = choose_tile(name, kd, vd, double)
-    constants |= {
-        "REPEAT": 1, "K": kd, "V": vd, "BK": bk, "BV": bv, "SCALE": kd**-0.5, "L2NORM": True, "EPS": L2_NORM_EPS,
-        "DTYPE": tl.float64 if double else tl.float32,
-    }  # fmt: skip
-    if not gated:
-        constants["g"] = None
-    special = {"g": "*fp32", "state_indices": "*i64", "rows": "*i64", "T": "i32", "H": "i32"}
-    special |= dict.fromkeys(
-        ("initial_state", "final_state", "state", "new_state"), "*fp64" if double else "*fp32"
-    )
-    signature, multiples = {}, set()
-    for argument in kernel.arg_names:
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument.startswith("s_"):
-            signature[argument] = "i32"
-        else:
-            signature[argument] = special.get(argument, _POINTERS[dtype])
-        stride = argument.startswith("s_") and not argument.startswith(("s_beta", "s_g"))
-        if signature[argument].startswith("*") or (stride and kd % 16 == vd % 16 == 0):
-            multiples.add(argument)
-    return KernelVariant(
-        name=f"delta_rule.{name} {'gated' if gated else 'plain'} K{kd} V{vd} {_POINTERS[dtype][1:]}",
-        kernel=kernel,
-        signature=signature,
-        constants=constants,
-        num_warps=num_warps,
-        num_stages=1,
-        divisible_by_16=frozenset(multiples),
-        spill_budget=0 if kd == vd == 128 and not double else _SPILL_BUDGET,
-    )

@@ -1,133 +1,85 @@
-"""What ``python -m refine_kernels.inspect`` compiles: every kernel at every configuration of some head sizes."""
+"""What ``python -m refine_kernels.inspect`` compiles: the kernels of each way to call the launchers."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 
-from refine_kernels.delta_rule import triton_chunk
-from refine_kernels.delta_rule.reference import L2_NORM_EPS
-from refine_kernels.delta_rule.tiles import GROUP_TOKENS, JOIN_ROWS, Tiles, block, choose_tiles, precision_of
-from refine_kernels.delta_rule.triton_recurrent import recurrent_variants
-from refine_kernels.kernel_variant import KernelVariant
+from refine_kernels.delta_rule import triton_chunk, triton_recurrent
+from refine_kernels.launches import Call
 
 # (K, V): of the published models; unequal; the largest; ones that no vector load divides
 HEAD_SIZES = ((128, 128), (64, 64), (128, 256), (256, 256), (60, 100))
-DTYPES = {(128, 128): (torch.bfloat16, torch.float16, torch.float32)}  # bfloat16 alone elsewhere
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-# Bytes that may spill on any NVIDIA chip, about what it is today; none on sm_90 at K = V = 128 in bfloat16 and
-# float16 (README.md).
-SPILL_BUDGET = {"inverse": 0, "scan": 3072, "reverse": 2048, "join": 0, "gradient": 1024}
-FLOAT32_SPILL_BUDGET = 65_536  # products of float32 in full are sums over registers
-
-# What a kernel does without, by purpose. "again" is the backward's second scan over groups; "spans", what a split
-# sequence adds: one span from a joined state, and (maps) what a span does to a state.
-_SPLIT = ("owners", "SPAN", "maps")
-_FOR_MAPS = ("d_r", "d_initial")
-_OUTPUTS = ("u", "final_state", "states", "checkpoints", "chunk_states")
-OPTIONAL = {
-    "inverse": {"plain": ("g", "decays"), "gated": ()},
-    "scan": {
-        "plain": ("decays", "initial", *_OUTPUTS, *_SPLIT),
-        "gated": ("initial", *_OUTPUTS, *_SPLIT),
-        "gated training": ("chunk_states", *_SPLIT),
-        "plain training": ("decays", "chunk_states", *_SPLIT),
-        "plain training spans": ("decays", "chunk_states", "maps"),
-        "gated training spans": ("chunk_states", "maps"),
-        "plain maps": ("q", "o", "decays", *_OUTPUTS),
-        "gated maps": ("q", "o", *_OUTPUTS),
-        "plain again": ("q", "o", "decays", *(x for x in _OUTPUTS if x != "chunk_states"), "maps"),
-        "gated again": ("q", "o", *(x for x in _OUTPUTS if x != "chunk_states"), "maps"),
-    },
-    "reverse": {
-        "plain": ("decays", "d_final", "d_states", *_SPLIT),
-        "gated": ("d_final", "d_states", *_SPLIT),
-        "gated states": _SPLIT,
-        "plain states": ("decays", *_SPLIT),
-        "plain states spans": ("decays", "maps"),
-        "gated states spans": ("maps",),
-        "plain states maps": ("decays", *_FOR_MAPS),
-        "gated states maps": _FOR_MAPS,
-    },
-    "join": {"plain": (), "plain reverse": ()},
-    "gradient": {"plain": ("decays",), "gated": ()},
-}
-FLOAT32 = ("beta", "g", "decays", "sums", "initial", "final_state", "states", "checkpoints", "d_final", "d_states",
-           "d_initial", "maps", "given", "starts")  # fmt: skip
+# Bytes that may spill on an NVIDIA chip, whatever the release of Triton (README.md)
+SPILLS = {"scan": 3072, "reverse": 2048, "gradient": 1024, "recurrent": 64, "decode": 64}
+FLOAT32_SPILLS = 65_536  # products of float32 in full are sums over registers
 
 
-def kernel_variants() -> Iterator[KernelVariant]:
-    """The chunk kernels for all dtypes at K = V = 128, for bfloat16 at the other head sizes; the decode kernels."""
-    for kd, vd in HEAD_SIZES:
-        for dtype in DTYPES.get((kd, vd), (torch.bfloat16,)):
-            for kernel, purposes in OPTIONAL.items():
-                for purpose, without in purposes.items():
-                    for tiles, archs in _choices(kernel, kd, vd, dtype, purpose.startswith("gated")):
-                        if "again" not in purpose or not tiles.carry:
-                            yield _variant(kernel, purpose, kd, vd, dtype, tiles, without, archs)
-    yield from recurrent_variants()
+def calls() -> Iterator[Call]:
+    """All dtypes at K = V = 128, bfloat16 at the other head sizes."""
+    for size in HEAD_SIZES:
+        dtypes = (torch.bfloat16, torch.float16, torch.float32) if size == (128, 128) else (torch.bfloat16,)
+        for dtype, gated, many in itertools.product(dtypes, (False, True), (True, False)):
+            # many heads fill a GPU; few have their sequences split, and other tiles
+            rows, heads, tokens = (8, 16, 4096) if many else (1, 16, 16384)
+            use = partial(_chunks, *size, dtype, gated, rows, heads, tokens)
+            kind = f"{'gated' if gated else 'plain'} {'many' if many else 'few'}"
+            yield _call(*size, dtype, f"{kind} forward", partial(use, training=False))
+            yield _call(*size, dtype, f"{kind} training", partial(use, training=True))
+        for dtype, gated in itertools.product((*dtypes, torch.float64), (False, True)):
+            kind = "gated" if gated else "plain"
+            yield _call(*size, dtype, kind, partial(_recurrent, *size, dtype, gated))
+    for gated in (False, True):
+        use = partial(_chunks, 128, 128, torch.bfloat16, gated, 8, 8, 4096, repeat=2, training=True)
+        yield _call(128, 128, torch.bfloat16, f"{'gated' if gated else 'plain'} value heads", use)
 
 
-def _choices(
-    kernel: str, kd: int, vd: int, dtype: torch.dtype, gated: bool
-) -> list[tuple[Tiles, frozenset[str]]]:
-    """The tiles that this kernel can get, each with its chips (none: all)."""
+def _call(kd: int, vd: int, dtype: torch.dtype, label: str, run) -> Call:
+    def demands(kernel: str) -> dict[str, Any]:
+        chunks = kernel not in ("recurrent", "decode")
+        no_spill = (kd, vd) == (128, 128) and dtype.itemsize == 2
+        budget = FLOAT32_SPILLS if chunks and dtype == torch.float32 else SPILLS.get(kernel, 0)
+        return {
+            "tensor_core": chunks and dtype != torch.float32,
+            "spill_budget": budget,
+            "spill_free": frozenset({"sm_90"}) if no_spill else frozenset(),
+        }
 
-    def choose(few: bool, tensor_memory: bool) -> Tiles:
-        return choose_tiles(kd, vd, dtype.itemsize, gated, few=few, tensor_memory=tensor_memory)
-
-    many, few, blackwell = choose(False, False), choose(True, False), choose(False, True)
-    elsewhere = frozenset() if blackwell == many else frozenset({"sm_80", "sm_90", "gfx942"})
-    choices = [(many, elsewhere)]
-    if getattr(few, kernel) != getattr(many, kernel):
-        choices.append((few, elsewhere))
-    if blackwell != many:
-        choices.append((blackwell, frozenset({"sm_100"})))
-    return choices
+    return Call(f"K{kd} V{vd} {str(dtype).removeprefix('torch.')} {label}", run, demands)
 
 
-def _variant(
-    kernel: str,
-    purpose: str,
-    kd: int,
-    vd: int,
-    dtype: torch.dtype,
-    tiles: Tiles,
-    without: tuple[str, ...],
-    archs: frozenset[str],
-) -> KernelVariant:
-    """With packed sequences, whose address arithmetic is the longer one."""
-    function, tile = getattr(triton_chunk, f"{kernel}_kernel"), getattr(tiles, kernel)
-    group = GROUP_TOKENS // tiles.chunk
-    if kernel == "gradient" and not tiles.carry:
-        group = 1
-    constants = {
-        "REPEAT": 1, "K": kd, "V": vd, "BK": getattr(tile, "bk", block(kd)), "BV": tile.bv,
-        "BR": getattr(tile, "br", None), "BT": tiles.chunk, "GROUP": group,
-        "BJ": JOIN_ROWS, "REVERSE": "reverse" in purpose, "L2NORM": True, "EPS": L2_NORM_EPS,
-        "PRECISION": precision_of(dtype),
-    }  # fmt: skip
-    names = function.arg_names
-    constants = {n: x for n, x in constants.items() if n in names} | dict.fromkeys(
-        n for n in without if n in names
-    )
-    pointers = dict.fromkeys(names[: names.index("T")], POINTERS[dtype])
-    if kernel == "gradient" and tiles.carry:
-        pointers["kept"] = "*fp32"
-    pointers |= dict.fromkeys(FLOAT32, "*fp32") | {"cu_seqlens": "*i64", "owners": "*i32", "scale": "fp32"}
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    return KernelVariant(
-        name=f"delta_rule.{kernel} {purpose} K{kd} V{vd} {str(dtype).removeprefix('torch.')} "
-        f"{tiles.chunk} tokens x {tile.bv}",
-        kernel=function,
-        signature=signature,
-        constants=constants,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        divisible_by_16=frozenset(n for n, kind in signature.items() if kind.startswith("*")),
-        spill_budget=FLOAT32_SPILL_BUDGET if dtype == torch.float32 else SPILL_BUDGET[kernel],
-        tensor_core=dtype != torch.float32,
-        spill_free=frozenset({"sm_90"}) if (kd, vd) == (128, 128) and dtype.itemsize == 2 else frozenset(),
-        archs=archs,
-    )
+def _chunks(
+    kd: int, vd: int, dtype: torch.dtype, gated: bool, rows: int, heads: int, tokens: int, *, training: bool,
+    repeat: int = 1,
+) -> None:  # fmt: skip
+    """Packed sequences, whose address arithmetic is the longer one; with ``training`` everything there is."""
+    total, all_heads = rows * tokens, heads * repeat
+    new = partial(torch.empty, device="meta")
+    q = new(1, total, heads, kd, dtype=dtype)
+    v = new(1, total, all_heads, vd, dtype=dtype)
+    beta, g = new(1, total, all_heads, dtype=dtype), new(1, total, all_heads) if gated else None
+    cu_seqlens = torch.arange(rows + 1) * tokens
+    state = new(rows, all_heads, kd, vd) if training else None
+    stride = 512 if training else 0
+    given = (q, q, v, beta, g, state, cu_seqlens)
+    o, final, states, *kept = triton_chunk.forward(*given, 1.0, True, training, stride, training)
+    if training:
+        triton_chunk.backward(*given, *kept, o, o, final, states, 1.0, True, stride)
+
+
+def _recurrent(kd: int, vd: int, dtype: torch.dtype, gated: bool) -> None:
+    rows, heads, width = 8, 16, 4
+    new = partial(torch.empty, device="meta")
+    q, v = new(rows, 1, heads, kd, dtype=dtype), new(rows, 1, heads, vd, dtype=dtype)
+    beta, g = new(rows, 1, heads, dtype=dtype), new(rows, 1, heads) if gated else None
+    state = new(rows, heads, kd, vd, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    indices = new(rows, dtype=torch.int64)
+    triton_recurrent.forward(q, q, v, beta, g, state, indices, 1.0, True, True)
+    q, v = q.flatten(2), v.flatten(2)
+    weights = [new(x.shape[2], width, dtype=dtype) for x in (q, q, v)]
+    tails = [new(rows, width - 1, x.shape[2], dtype=dtype) for x in (q, q, v)]
+    triton_recurrent.decode_forward(q, q, v, beta, g, weights, tails, state, indices, 1.0, 1.0, True)

@@ -27,9 +27,11 @@ import torch
 import triton
 import triton.language as tl
 
+from refine_kernels.chips import Chip, chip_of
 from refine_kernels.linear_logprob.chunked import Head
 from refine_kernels.linear_logprob.partials import Partials
 
+INTERPRETED = Chip("sm_90", 132)  # whose tiles are taken where kernels are interpreted
 _COMBINE_ELEMENTS = 1024  # splits x rows that a program of `combine_kernel` holds
 
 
@@ -49,16 +51,15 @@ class Tile(NamedTuple):
         return {"BR": self.rows, "BV": self.columns, "BD": self.depth, "HALVES": halves}
 
 
-def choose_tile(N: int, dtype: torch.dtype, noise: bool, capability: str) -> Tile:
-    """The tile for N rows of ``dtype`` on a chip, ``"sm_90"`` or ``"gfx942"``; ``noise``: a token is drawn.
+def choose_tile(N: int, dtype: torch.dtype, noise: bool, chip: Chip) -> Tile:
+    """The tile for N rows of ``dtype``; ``noise``: a token is drawn.
 
     Few rows are bound by reading W: a tile no taller than the rows, and many bytes of W on their way. Philox needs
     registers of its own beside the logits: smaller tiles.
     """
     if dtype == torch.float32:  # no tensor cores at full precision
         return Tile(16, 32, 32, 4, 2) if N <= 16 else Tile(64, 64, 32, 8, 2)
-    amd = capability.startswith("gfx")  # 64 KB of shared memory
-    large = capability in ("sm_90", "sm_100", "sm_103")  # 227 KB of it; sm_86, sm_89 and sm_120 have 99
+    amd, large = chip.name.startswith("gfx"), chip.has_large_shared_memory
     if N <= 16:
         return Tile(16, 64, 128, 4, 2) if amd else Tile(16, 128, 128, 4, 4 if large else 3)
     if noise or (amd and N <= 64):
@@ -86,16 +87,6 @@ def combine_tile(splits: int) -> tuple[int, int]:
     return BS, min(_COMBINE_ELEMENTS // BS, 128)
 
 
-def device_of(x: torch.Tensor) -> tuple[str, int]:
-    """Capability and multiprocessors of the device of x; of an H100 where kernels are interpreted."""
-    if x.device.type != "cuda":
-        return "sm_90", 132
-    properties = torch.cuda.get_device_properties(x.device)
-    if torch.version.hip:
-        return properties.gcnArchName.partition(":")[0], properties.multi_processor_count
-    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
-
-
 def partials(
     x: torch.Tensor,  # [N, D]
     head: Head,
@@ -109,10 +100,10 @@ def partials(
 ) -> Partials:
     """What this slice of the vocabulary, from ``first_column`` on, says of every row."""
     (N, D), V = x.shape, head.weight.shape[0]
-    capability, programs = device_of(x)
-    tile = choose_tile(N, x.dtype, seed is not None, capability)
+    chip = chip_of(x.device) or INTERPRETED
+    tile = choose_tile(N, x.dtype, seed is not None, chip)
     row_tiles, vocab_tiles = triton.cdiv(N, tile.rows), triton.cdiv(V, tile.columns)
-    splits = choose_splits(row_tiles, vocab_tiles, programs)
+    splits = choose_splits(row_tiles, vocab_tiles, chip.multiprocessors)
 
     def fields(*shape: int) -> Partials:
         def new(need: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from refine.training.parts import packaged_model
 from transformers import AutoTokenizer
 
-from tests.refine.tiny import FAMILIES, tiny_model
+from refine.prepare import packaged_model
+from tests.clients.families import FAMILIES, tiny_model
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from refine.models.head import HiddenOnly
+from tests.clients.families import FAMILIES, tiny_model
 from tests.numerics import assert_close
-from tests.refine.tiny import FAMILIES, VOCABULARY, tiny_model
+from tests.refine.tiny import VOCABULARY
 
 LENGTHS = (37, 1, 70, 5, 64)
 

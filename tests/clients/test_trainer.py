@@ -10,8 +10,9 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 import refine
 from refine_kernels.linear_logprob import mix_seeds
+from tests.clients.families import FAMILIES, tiny_model
 from tests.numerics import assert_close
-from tests.refine.tiny import FAMILIES, VOCABULARY, tiny_model
+from tests.refine.tiny import VOCABULARY
 
 pytest.importorskip("accelerate")
 

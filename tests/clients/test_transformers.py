@@ -10,8 +10,10 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, Generati
 
 import refine
 from refine.models import FastWeightState, new_model, register_auto_classes, registered_class
+from tests.clients.families import FAMILIES, tiny_model
 from tests.numerics import assert_close
-from tests.refine.tiny import FAMILIES, VOCABULARY, ragged_batch, tiny_model
+from tests.refine import tiny
+from tests.refine.tiny import VOCABULARY, ragged_batch
 
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 
@@ -247,10 +249,15 @@ def test_settings_that_are_none_are_refused_with_the_nearest(family):
 
 @pytest.mark.parametrize("key", ["use_l2warp", "residual_in_fp32", "conv_bias"])
 def test_keys_that_change_the_mathematics_are_refused_by_name(key):
-    for family in FAMILIES:
+    for family in tiny.FAMILIES:
         with pytest.raises(ValueError, match=f"{key}=True is not implemented"):
             tiny_model(family, **{key: True})
         tiny_model(family, **{key: False})
+
+
+def test_what_is_not_implemented_is_refused_with_what_to_do_instead():
+    with pytest.raises(TypeError, match=r"output_router_logits: .* router_aux_loss_coef=0.0"):
+        tiny_model()(TOKENS, output_router_logits=True)
 
 
 def test_an_unknown_key_of_a_file_is_said():
@@ -272,7 +279,7 @@ def test_dtype_by_either_name(family, tmp_path):
         refine.load_model(tmp_path, torch_dtype=torch.bfloat16, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_auto_classes_load_ours_and_say_which(family, tmp_path):
     model = tiny_model(family, dtype=torch.float32).eval()
     model.save_pretrained(tmp_path)

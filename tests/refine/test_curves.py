@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from refine.eval import main
 from refine.evaluation import curves
 from refine.evaluation.curves import (
     CUE,
@@ -16,6 +20,7 @@ from refine.evaluation.curves import (
     range_ends,
     recall_over_distance,
 )
+from refine.evaluation.settings import expand_tasks
 
 from .tiny import FAMILIES, tiny_model
 
@@ -127,3 +132,32 @@ def test_the_picture(tmp_path):
         {64: (0.5, (0.4, 0.6))}, {128: (3.0, None), 256: (2.9, (2.8, 3.0))}, tmp_path / "curves.png"
     )
     assert (tmp_path / "curves.png").stat().st_size > 5_000
+
+
+def test_the_command_measures_draws_and_writes(tmp_path, capsys):
+    arguments = [
+        "--tasks", "recall_curve", "loss_by_position", "vt", "--recall_distances", "8", "64", "--positions", "300",
+        "--samples", "2", "--lengths", "900", "--output_dir", str(tmp_path),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    record = json.loads((tmp_path / "results.json").read_text())
+    found, intervals = record["results"], record["intervals"]
+    assert 0 <= found["recall_curve_8"] <= 1 and found["recall_curve_nats_64"] > 0
+    assert 2 < found["loss_by_position_128"] < 8 and set(intervals) >= {
+        "recall_curve_64",
+        "loss_by_position_300",
+    }
+    assert 0 <= found["vt_900"] <= 1 and "recall_curve_8" in capsys.readouterr().out
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "curves.png").is_file()
+
+
+def test_positions_that_no_document_has_are_one_sentence(capsys):
+    assert main(["--tasks", "loss_by_position", "--positions", "1000000"]) == 2
+    said = capsys.readouterr().err
+    assert "positions is 1000000, but no held-out document has so many tokens" in said
+
+
+def test_ruler_is_all_that_needs_no_download():
+    expanded = expand_tasks(["ruler"])
+    assert len(expanded) == 11 and expanded[-3:] == ["vt", "cwe", "fwe"]

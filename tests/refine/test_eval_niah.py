@@ -255,3 +255,19 @@ def test_an_essay_file_is_read(tmp_path, counter):
     with pytest.raises(ValueError, match="it is not UTF-8"):
         find_essay(str(path))
     find_essay.cache_clear()
+
+
+# --- Another wording
+
+
+def test_a_prompt_in_the_held_out_wording(counter):
+    made = generator("niah_single_2", counter, 600, wording="held_out")
+    prompt, ruler = made.make(0), generator("niah_single_2", counter, 600).make(0)
+    assert prompt.references == ruler.references  # the same draw
+    text = _text(counter, prompt)
+    key = made._begin(0)[0].keys[0]
+    assert f"The ticket of {key} carries the number {prompt.references[0]}." in text
+    assert text.endswith(f"\nWhich number does the ticket of {key} carry? It carries the number")
+    assert "magic" not in text
+    with pytest.raises(ValueError, match="niah_multivalue asks for several values"):
+        generator("niah_multivalue", counter, 600, wording="held_out")

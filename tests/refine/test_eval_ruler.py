@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from refine.training.parts import packaged_model
 from transformers import AutoTokenizer
 
 from refine.evaluation.tasks.haystack import NOISE
@@ -21,6 +20,7 @@ from refine.evaluation.tasks.ruler import (
     largest_that_fits,
     variable_tracking,
 )
+from refine.prepare import packaged_model
 
 TASKS = tuple(RULER_TASKS)
 

@@ -124,5 +124,8 @@ def test_a_lost_shard_or_torn_weights_are_passed_over(tmp_path, text_file, capsy
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         torch.save({key: value for key, value in state.items() if key != "optimizer"}, state_path)
+        with pytest.raises(checkpoint.CheckpointError, match="since it was written"):
+            checkpoint.load_training_state(tmp_path / "checkpoint-5")
+        (tmp_path / "checkpoint-5" / checkpoint.CHECKSUMS).unlink()
         with pytest.raises(checkpoint.CheckpointError, match="holds no optimizer state"):
             checkpoint.load_training_state(tmp_path / "checkpoint-5")

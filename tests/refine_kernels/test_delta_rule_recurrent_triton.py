@@ -159,16 +159,6 @@ def test_tiles_cover_the_state_within_the_registers(kd, vd, double):
         assert words / (32 * num_warps) <= 128 and num_warps in (1, 2, 4, 8)
 
 
-def test_variants_are_what_the_launcher_chooses():
-    variants = list(triton_recurrent.recurrent_variants())
-    assert len({variant.name for variant in variants}) == len(variants)
-    for variant in variants:
-        c = variant.constants
-        kernel = variant.name.split()[0].removeprefix("delta_rule.")
-        chosen = triton_recurrent.choose_tile(kernel, c["K"], c["V"], variant.signature["q"] == "*fp64")
-        assert (c["BK"], c["BV"], variant.num_warps) == chosen
-
-
 # --- a layer's whole decode step --------------------------------------------------------------------------
 
 

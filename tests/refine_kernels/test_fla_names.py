@@ -7,12 +7,6 @@ smaller than there.
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -184,36 +178,6 @@ def test_positional_order_is_flas():
     assert chunk_gated_delta_rule(q, k, v, g, beta)[1] is None
     ones = torch.ones_like(beta)
     assert torch.equal(fused_recurrent_delta_rule(q, k, v)[0], fused_recurrent_delta_rule(q, k, v, ones)[0])
-
-
-FLAS_SIGNATURES = """
-import inspect, json
-from fla.ops import delta_rule, gated_delta_rule
-
-ops = [delta_rule.chunk_delta_rule, delta_rule.fused_recurrent_delta_rule,
-       gated_delta_rule.chunk_gated_delta_rule, gated_delta_rule.fused_recurrent_gated_delta_rule]
-print("RESULT " + json.dumps({op.__name__: [
-    (p.name, "required" if p.default is p.empty else p.default)
-    for p in inspect.signature(op).parameters.values() if p.kind != p.VAR_KEYWORD
-] for op in ops}))
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed")
-def test_every_argument_of_the_installed_fla_is_taken():
-    """In a process of its own, without Triton's interpreter, in which fla cannot be imported."""
-    found = subprocess.run([sys.executable, "-c", FLAS_SIGNATURES], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    signatures = json.loads(found.stdout.partition("RESULT ")[2])
-    ours = (chunk_delta_rule, fused_recurrent_delta_rule)
-    ours += (chunk_gated_delta_rule, fused_recurrent_gated_delta_rule)
-    assert list(signatures) == [op.__name__ for op in ours]
-    for op in ours:
-        theirs = signatures[op.__name__]
-        parameters = inspect.signature(op).parameters
-        assert list(parameters)[: len(theirs)] == [name for name, _ in theirs]
-        for name, default in theirs:
-            assert default == "required" or parameters[name].default == default, name
 
 
 @pytest.mark.parametrize("op", ["chunk", "recurrent"])

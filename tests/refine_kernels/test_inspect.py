@@ -18,7 +18,7 @@ import triton.language as tl
 
 from refine_kernels import inspect
 from refine_kernels.inspect import ARCHS, Measured, inspect_variant, judge
-from refine_kernels.kernel_variant import KernelVariant
+from refine_kernels.launches import KernelVariant
 
 
 @triton.jit
@@ -129,9 +129,7 @@ def test_several_problems_are_all_told():
 
 WRONG = {
     "undefined_name": KernelVariant("toy", broken, {"x": "*fp32", "N": "constexpr"}, {"N": 16}),
-    "signature lacks y": KernelVariant("toy", hungry, {"x": "*fp32", "N": "constexpr"}, {"N": 16}),
-    "signature names no argument of the kernel: z": KernelVariant("toy", broken, {"z": "i32"}, {"N": 16}),
-    "without value or type: N": KernelVariant("toy", broken, {"x": "*fp32", "N": "constexpr"}, {}),
+    "signature must be of x, y, N": KernelVariant("toy", hungry, {"x": "*fp32", "N": "constexpr"}, {"N": 16}),
 }
 
 
@@ -155,7 +153,7 @@ def _compile_toys() -> None:
         "wrong": [inspect_variant(variant, ARCHS["sm_90"]) for variant in WRONG.values()],
     }
     results = {name: [asdict(report) for report in reports] for name, reports in results.items()}
-    inspect.ops_with_kernels, inspect.variants_of = lambda: ["toy"], lambda op: TOYS
+    inspect.ops_with_kernels, inspect.variants_of = lambda: ["toy"], lambda op, arch: TOYS
     table = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(table):
         path = Path(folder) / "report.json"
@@ -175,8 +173,11 @@ def compiled():
     return json.loads(done.stdout)
 
 
+INSTRUCTIONS = ("mma.sync", "mma.sync", "mma.sync", "wgmma", "tcgen05", "mma.sync", "mfma")
+
+
 def test_finds_the_tensor_core_instruction(compiled):
-    for report, instruction in zip(compiled["products"], ("mma.sync", "wgmma", "tcgen05", "mfma")):
+    for report, instruction in zip(compiled["products"], INSTRUCTIONS, strict=True):
         measured = report["measured"]
         assert report["problems"] == []
         assert measured["tensor_core"] == instruction
@@ -205,6 +206,130 @@ def test_a_variant_that_does_not_compile_is_a_result(compiled, i):
     assert list(WRONG)[i] in report["problems"][0]
 
 
+# --- what launchers launch --------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n"])
+def scaled(x, y, n, m, scale, N: tl.constexpr):
+    pass
+
+
+def _record() -> None:
+    """Runs in such a process: what the launchers launch on every chip, and for many lengths."""
+    import importlib
+    import itertools
+
+    import torch
+
+    from refine_kernels import launches
+    from refine_kernels.chips import Chip
+
+    def call():
+        x = torch.empty(40, device="meta", dtype=torch.bfloat16)
+        for n, m in ((1, 1), (16, 32), (5, 32), (7, 3)):
+            scaled[(1,)](x[8:], x[1:].float() if m == 3 else None, n, m, 0.5, N=16, num_warps=2)
+
+    toys = launches.recorded("toy", [launches.Call("call", call, lambda kernel: {})], Chip("sm_90", 132))
+    fields = ("name", "signature", "constants", "num_warps", "divisible_by_16")
+    results = {"toys": [[getattr(variant, name) for name in fields] for variant in toys]}
+    for op in inspect.ops_with_kernels():
+        modules = [importlib.import_module(f"refine_kernels.{op}.{x}") for x in KERNEL_FILES[op]]
+        there = {x for m in modules for x in vars(m) if x.endswith("_kernel")}
+        results[op] = {"there": there}
+        for arch in ARCHS:
+            variants = inspect.variants_of(op, arch)
+            results[op][arch] = [[v.name, v.kernel.__name__, v.constants.get("BV", 0)] for v in variants]
+
+    from refine_kernels.delta_rule import variants as delta
+    from refine_kernels.lact import variants as lact
+    from refine_kernels.linear_logprob import variants as linear
+
+    lengths = [
+        *range(513, 537),
+        640,
+        701,
+        768,
+        800,
+        999,
+        1000,
+        1024,
+        1500,
+        1777,
+        2000,
+        2048,
+        3000,
+        3333,
+        4096,
+        5000,
+    ]
+    uses = {
+        "delta_rule": lambda n: delta._chunks(64, 64, torch.bfloat16, True, 8, 16, n, training=True),
+        "lact": lambda n: lact._scan(lact.WIDTHS[0], torch.bfloat16, n, True, False, True),
+        "linear_logprob": lambda n: linear._forward(
+            n, 64, 1000, torch.bfloat16, True, True, True, False, False
+        ),
+    }
+    for op, use in uses.items():
+        calls = [launches.Call(str(n), lambda n=n, use=use: use(n), lambda kernel: {}) for n in lengths]
+        found = [v.kernel.__name__ for v in launches.recorded(op, calls, Chip("sm_90", 132))]
+        results[f"{op} lengths"] = {name: len(list(same)) for name, same in itertools.groupby(sorted(found))}
+    print(json.dumps(results, default=sorted))
+
+
+KERNEL_FILES = {
+    "delta_rule": ("triton_chunk", "triton_recurrent"),
+    "lact": ("triton_products", "triton_update", "triton_edges"),
+    "linear_logprob": ("triton_forward", "triton_rows"),
+}
+
+
+@pytest.fixture(scope="module")
+def launched():
+    done = run_python("-c", f"import {__name__} as tests; tests._record()")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_launch_is_written_down_as_triton_compiles_it(launched):
+    first, second, third = launched["toys"]
+    assert first[0] == "toy.scaled call (1)"
+    assert first[1] == {
+        "x": "*bf16",
+        "y": "constexpr",
+        "n": "i32",
+        "m": "constexpr",
+        "scale": "fp32",
+        "N": "constexpr",
+    }
+    assert first[2] == {"y": None, "m": 1, "N": 16} and first[3] == 2 and first[4] == ["x"]
+    assert second[1]["m"] == "i32" and second[4] == ["m", "x"]  # n = 16 and n = 5 are one variant
+    assert third[1]["y"] == "*fp32" and third[4] == ["x", "y"]  # of a copy
+
+
+@pytest.mark.parametrize("op", KERNEL_FILES)
+def test_every_kernel_is_launched_for_every_chip(op, launched):
+    for arch in ARCHS:
+        names, kernels, _ = zip(*launched[op][arch])
+        assert len(set(names)) == len(names)
+        assert set(kernels) == set(launched[op]["there"])
+
+
+def test_chips_get_their_own_tiles(launched):
+    """227 KB of shared memory take 256 columns of logits; Blackwell's tensor memory takes chunks of its own."""
+    columns = {
+        arch: max(x[2] for x in launched["linear_logprob"][arch] if "forward" in x[1]) for arch in ARCHS
+    }
+    assert {arch for arch, n in columns.items() if n == 256} == {"sm_90", "sm_100"}
+    assert launched["delta_rule"]["sm_100"] != launched["delta_rule"]["sm_90"]
+
+
+@pytest.mark.parametrize(("op", "most"), [("delta_rule", 2), ("lact", 4), ("linear_logprob", 8)])
+def test_no_kernel_is_compiled_anew_for_a_number_of_tokens(op, most, launched):
+    """Over 39 lengths: what is left are tiles, splits, and strides that are a multiple of 16 or not."""
+    print(launched[f"{op} lengths"])
+    assert max(launched[f"{op} lengths"].values()) <= most
+
+
 # --- the command ------------------------------------------------------------------------------------------
 
 
@@ -223,7 +348,7 @@ def test_exit_status_table_and_json(compiled):
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        (["--arch", "sm_90", "sm_7"], "--arch must be of sm_80, sm_90, sm_100, gfx942, got sm_7"),
+        (["--arch", "sm_90", "sm_7"], f"--arch must be of {', '.join(ARCHS)}, got sm_7"),
         (["--op", "attention"], "--op must be of toy, got attention"),
         (["--kernel", "nothing"], "--kernel 'nothing' is in the name of no variant of toy"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
@@ -231,7 +356,7 @@ def test_exit_status_table_and_json(compiled):
 )
 def test_a_wrong_command_is_told_in_one_sentence(monkeypatch, capsys, arguments, complaint):
     monkeypatch.setattr(inspect, "ops_with_kernels", lambda: ["toy"])
-    monkeypatch.setattr(inspect, "variants_of", lambda op: TOYS)
+    monkeypatch.setattr(inspect, "variants_of", lambda op, arch: TOYS)
     assert inspect.main(arguments) == 2
     assert capsys.readouterr() == ("", f"refine_kernels.inspect: {complaint}\n")
 
@@ -244,7 +369,7 @@ def test_refuses_to_run_interpreted(monkeypatch, capsys):
 
 def test_the_command_compiles_real_kernels(tmp_path):
     path = tmp_path / "report.json"
-    subset = "--arch", "sm_90", "--op", "delta_rule", "--kernel", "recurrent gated K128 V128 bf16"
+    subset = "--arch", "sm_90", "--op", "delta_rule", "--kernel", "recurrent K128 V128 bfloat16 gated"
     done = run_python("-m", "refine_kernels.inspect", *subset, "--json", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads(path.read_text())
@@ -253,17 +378,12 @@ def test_the_command_compiles_real_kernels(tmp_path):
 
 def test_no_chunk_kernel_of_the_delta_rule_spills_on_hopper(tmp_path):
     path = tmp_path / "report.json"
-    subset = "--arch", "sm_90", "--op", "delta_rule", "--kernel", "K128 V128 bfloat16", "--jobs", "2"
+    subset = "--arch", "sm_90", "--op", "delta_rule", "--kernel", "K128 V128 bfloat16 gated", "--jobs", "2"
     done = run_python("-m", "refine_kernels.inspect", *subset, "--json", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(path.read_text())
-    assert {row["variant"].split()[0].split(".")[1] for row in rows} == {
-        "inverse",
-        "scan",
-        "join",
-        "reverse",
-        "gradient",
-    }
+    kernels = {row["variant"].split()[0].removeprefix("delta_rule.") for row in rows}
+    assert kernels == {"inverse", "scan", "join", "reverse", "gradient", "recurrent", "decode"}
     assert all(row["measured"]["spilled_bytes"] == 0 for row in rows)
 
 

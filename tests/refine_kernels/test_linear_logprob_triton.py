@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -357,22 +355,3 @@ def test_compile():
         assert torch.equal(eager, traced)
     for eager, traced in zip(*(torch.autograd.grad(f(x, weight)[0], (x, weight)) for f in (run, compiled))):
         assert relative_error(traced, eager) == 0
-
-
-def test_variants_are_what_the_launcher_chooses():
-    from refine_kernels.linear_logprob.variants import kernel_variants
-
-    variants = list(kernel_variants())
-    assert len({v.name for v in variants}) == len(variants)
-    chips = ("sm_80", "sm_90", "sm_100", "gfx942")
-    for chip, N, noise in itertools.product(chips, (3, 40, 999), (True, False)):
-        tile = triton_forward.choose_tile(N, torch.bfloat16, noise, chip)
-        chosen = {"D": 2048, "HAS_SOFTCAP": False, **tile.constants}
-        assert any(
-            v.kernel is triton_forward.forward_kernel
-            and chip in v.archs
-            and chosen.items() <= v.constants.items()
-            and (v.num_warps, v.num_stages) == (tile.num_warps, tile.num_stages)
-            and ("seed" in v.constants) != noise
-            for v in variants
-        )

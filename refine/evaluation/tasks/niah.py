@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from refine.data.needles import HELD_OUT_WORDING
 from refine.evaluation.metrics import string_match_all
 from refine.evaluation.tasks.haystack import Cost, Essay, Haystack, Lines, Noise
 from refine.evaluation.tasks.item import Item, Prompt, encode
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 SAMPLES = 500
 NEW_TOKENS = 128
 
+WORDINGS = ("ruler", "held_out")  # held_out: that of no needle document to train on
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 _ONE = (
     "A special magic {kind} is hidden within the following text. Make sure to memorize it. "
@@ -87,23 +89,29 @@ class Draw(NamedTuple):
     asked: tuple[int, ...]  # which keys
 
 
-def draw_needles(task: NiahTask, rng: random.Random) -> Draw:
+def draw_needles(task: NiahTask, rng: random.Random, wording: str = "ruler") -> Draw:
     """Keys and values, no two of them alike."""
     keys = _distinct(task.key, task.keys, rng)
     flat = _distinct(task.value, task.needles, rng)
     values = tuple(tuple(flat[i * task.values : (i + 1) * task.values]) for i in range(task.keys))
-    needles = [
-        NEEDLE.format(kind=task.value, key=key, value=value)
-        for key, own in zip(keys, values)
-        for value in own
-    ]
+    needles = [write_needle(task, key, value, wording) for key, own in zip(keys, values) for value in own]
     rng.shuffle(needles)
     return Draw(tuple(keys), values, tuple(needles), tuple(rng.sample(range(task.keys), task.queries)))
 
 
-def write_prompt(task: NiahTask, draw: Draw, context: str) -> str:
-    """RULER's prompt with its answer prefix; singular where one value of one key is asked for."""
+def write_needle(task: NiahTask, key: str, value: str, wording: str = "ruler") -> str:
+    """The sentence that tells the value of a key."""
+    if wording == "ruler":
+        return NEEDLE.format(kind=task.value, key=key, value=value)
+    return HELD_OUT_WORDING.needle.format(kind=task.value[:-1], key=key, value=value)
+
+
+def write_prompt(task: NiahTask, draw: Draw, context: str, wording: str = "ruler") -> str:
+    """RULER's prompt with its answer prefix, singular where one value of one key is asked for; or the context and a
+    question in the held-out wording, which can only ask for one value."""
     asked = [draw.keys[i] for i in draw.asked]
+    if wording == "held_out":
+        return f"{context}\n{HELD_OUT_WORDING.question.format(kind=task.value[:-1], key=asked[0])}"
     query = asked[0] if len(asked) == 1 else ", ".join(asked[:-1]) + ", and " + asked[-1]
     if task.queries * task.values == 1:
         return _ONE.format(kind=task.value[:-1], context=context, query=query)
@@ -162,6 +170,13 @@ class NiahGenerator:
     essay: Essay | None = None
     seed: int = 0
     new_tokens: int = NEW_TOKENS
+    wording: str = "ruler"
+
+    def __post_init__(self):
+        if self.wording == "held_out" and self.task.queries * self.task.values > 1:
+            raise ValueError(
+                f"{self.task.name} asks for several values, which the held-out wording has no words for"
+            )
 
     def make(self, index: int) -> Prompt:
         """Sample ``index``.
@@ -175,7 +190,7 @@ class NiahGenerator:
 
         def tokens_with(units: int) -> int:
             context = haystack.context(units, draw.needles, random.Random(f"{name}/places"))
-            ids = self.counter.encode(write_prompt(self.task, draw, context))
+            ids = self.counter.encode(write_prompt(self.task, draw, context, self.wording))
             if len(ids) <= budget:
                 fitting[units] = context, ids
             return len(ids)
@@ -192,7 +207,9 @@ class NiahGenerator:
         """The shortest length at which sample ``index`` can be made."""
         draw, haystack, name = self._begin(index)
         context = haystack.context(self._least_units, draw.needles, random.Random(f"{name}/places"))
-        return len(self.counter.encode(write_prompt(self.task, draw, context))) + self.new_tokens
+        return (
+            len(self.counter.encode(write_prompt(self.task, draw, context, self.wording))) + self.new_tokens
+        )
 
     def items(self, samples: int) -> list[Item]:
         """The first ``samples`` samples.
@@ -229,21 +246,22 @@ class NiahGenerator:
 
     def _begin(self, index: int) -> tuple[Draw, Haystack, str]:
         name = f"niah/{self.task.name}/{self.seed}/{index}"
-        draw = draw_needles(self.task, random.Random(name))
+        draw = draw_needles(self.task, random.Random(name), self.wording)
         if self.task.haystack == "noise":
             return draw, Noise(), name
         if self.task.haystack == "essay":
             return draw, self.essay, name
-        return draw, Lines(_other_needles(self.task, draw, random.Random(f"{name}/haystack"))), name
+        other = _other_needles(self.task, draw, random.Random(f"{name}/haystack"), self.wording)
+        return draw, Lines(other), name
 
 
-def _other_needles(task: NiahTask, draw: Draw, rng: random.Random) -> Callable[[], str]:
+def _other_needles(task: NiahTask, draw: Draw, rng: random.Random, wording: str) -> Callable[[], str]:
     """A function that gives one more needle a call, never of a key of ``draw``."""
 
     def line() -> str:
         while (key := _draw(task.key, rng)) in draw.keys:
             pass
-        return NEEDLE.format(kind=task.value, key=key, value=_draw(task.value, rng))
+        return write_needle(task, key, _draw(task.value, rng), wording)
 
     return line
 

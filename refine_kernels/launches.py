@@ -1,0 +1,126 @@
+"""What launchers launch, written down instead of started: nothing about a kernel is told a second time by hand.
+
+An op's ``variants.py`` yields a :class:`Call` for each way of using its launchers. :func:`recorded` makes that call
+on tensors without memory and turns every launch into a :class:`KernelVariant`, typed and specialised as Triton does
+it: constants, ``None`` and the integer 1 are compiled in, pointers and integers may be multiples of 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from refine_kernels import chips
+
+POINTERS = {
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KernelVariant:
+    """What the compiler must know to build a kernel without tensors or a GPU, and what is asked of the result.
+
+    Attributes:
+        name: op, kernel and configuration, as the report prints it: ``"delta_rule.scan K128 V128 bfloat16"``.
+        kernel: the ``triton.jit`` function.
+        signature: argument name -> Triton type: ``"*bf16"``, ``"*fp32"``, ``"i32"``, ``"fp32"``, ``"constexpr"``.
+        constants: argument name -> value, of those that are ``"constexpr"``.
+        num_warps: warps per program.
+        num_stages: software pipeline depth.
+        divisible_by_16: names of pointers and integers that are multiples of 16.
+        spill_budget: bytes per thread that may spill to local memory on an NVIDIA target.
+        spill_free: the chips, of those that inspect knows, where nothing may spill whatever the budget.
+        tensor_core: whether the kernel must contain tensor-core instructions.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    divisible_by_16: frozenset[str] = field(default_factory=frozenset)
+    spill_budget: int = 0
+    spill_free: frozenset[str] = frozenset()
+    tensor_core: bool = False
+
+    @property
+    def key(self) -> tuple:
+        """What the compiler sees: variants of one key are one binary."""
+        constants = tuple((name, str(value)) for name, value in self.constants.items())
+        types = (tuple(self.signature.items()), tuple(sorted(self.divisible_by_16)))
+        return self.kernel.__name__, types, constants, self.num_warps, self.num_stages
+
+
+@dataclass(frozen=True)
+class Call:
+    """One way of using an op's launchers.
+
+    Attributes:
+        label: what is special about it, as names of variants show it.
+        run: makes the call.
+        demands: kernel name (without ``_kernel``) -> what is asked of it: fields of :class:`KernelVariant`.
+    """
+
+    label: str
+    run: Callable[[], Any]
+    demands: Callable[[str], dict[str, Any]]
+
+
+def recorded(op: str, calls: Iterator[Call], chip: chips.Chip) -> list[KernelVariant]:
+    """Every different kernel that the calls launch on ``chip``; a kernel that one call launches in several ways is
+    numbered."""
+    found: dict[tuple, KernelVariant] = {}
+    for call in calls:
+        launched: dict[str, list[tuple]] = {}
+
+        def note(kernel, *arguments, grid, warmup, launched=launched, **options):
+            variant = _specialised(kernel, arguments, options)
+            same = launched.setdefault(kernel.__name__.removesuffix("_kernel"), [])
+            if variant.key not in [other.key for other in same]:
+                same.append(variant)
+
+        with chips.assume(chip), mock.patch.object(JITFunction, "run", note):
+            call.run()
+        for kernel, variants in launched.items():
+            for i, variant in enumerate(variants):
+                number = f" ({i + 1})" if len(variants) > 1 else ""
+                name = f"{op}.{kernel} {call.label}{number}"
+                found.setdefault(variant.key, _named(variant, name, call.demands(kernel)))
+    return list(found.values())
+
+
+def _named(variant: KernelVariant, name: str, demands: dict[str, Any]) -> KernelVariant:
+    return KernelVariant(**(vars(variant) | {"name": name} | demands))
+
+
+def _specialised(kernel: JITFunction, arguments: tuple, options: dict[str, Any]) -> KernelVariant:
+    """As Triton's own launcher would compile this launch. Memory of a new tensor is a multiple of 16."""
+    values = dict(zip(kernel.arg_names, arguments))
+    values |= {name: options.pop(name) for name in list(options) if name in kernel.arg_names}
+    signature, constants, divisible = {}, {}, set()
+    for parameter in kernel.params:
+        name, value = parameter.name, values[parameter.name]
+        whole = isinstance(value, int) and not isinstance(value, bool) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (whole and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                divisible.add(name)
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if whole and value % 16 == 0:
+                divisible.add(name)
+        else:
+            signature[name] = "fp32"
+    return KernelVariant(
+        kernel.__name__, kernel, signature, constants, divisible_by_16=frozenset(divisible), **options
+    )
