@@ -1,18 +1,21 @@
-"""A reward for phase grpo: does the completion say what the document said?
+"""Rewards for phase grpo: does the completion say what the document said?
 
-``python -m refine.train --config examples/needle.yaml`` lets the package's tiny model learn, by this reward alone, to
-answer with the fact that stands far above the question (docs/prompt_once.md shows the curve).
+``python -m refine.train --config examples/needle.yaml`` lets the tiny model of the package learn by reward alone to
+answer with the fact that stands above the question (docs/prompt_once.md shows the curve).
 """
 
 from __future__ import annotations
 
-import os.path
+from itertools import takewhile
 
 
 def recalled(prompts, completions, answer, **_) -> list[float]:
     """The share of the answer's characters with which the completion begins; 1 is the whole answer."""
-    pairs = zip(completions, (text.strip() for text in answer))
-    return [len(os.path.commonprefix([said.lstrip(), right])) / len(right) for said, right in pairs]
+    rewards = []
+    for said, right in zip(completions, map(str.strip, answer)):
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(said.lstrip(), right))
+        rewards.append(sum(1 for _ in same) / len(right))
+    return rewards
 
 
 def exact(prompts, completions, answer, **_) -> list[float]:
