@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable
 
-.PHONY: setup train test test-all test-releases lint format bench reproduce-small pretrain-tiny clean
+.PHONY: setup train test test-all test-faults test-releases lint format bench reproduce-small pretrain-tiny clean
 
 setup: $(VENV)/.installed
 
@@ -31,7 +31,11 @@ test: lint
 	$(PYTEST) -m "not slow"
 
 test-all: lint
-	$(PYTEST)
+	$(PYTEST) --ignore tests/faults
+
+# Random kills, placed faults, random edits of settings; the figures go to docs/reliability.md. REFINE_FAULTS=0.1: a tenth.
+test-faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -q -s --benchmark-disable
 
 # The suite in throw-away environments with the oldest and the newest releases; about ten minutes each.
 test-releases: setup

@@ -22,6 +22,8 @@ from refine_kernels.linear_logprob import (
     linear_logprob,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "LaCTState",
     "LinearCrossEntropy",

@@ -90,7 +90,8 @@ class PairStream:
     ):
         self.pad_id, self.counts, self._collate = pad_id, counts, collate or _collate
         self._pairs, self._config, self._endless = pairs, config, endless
-        parts = b"".join(part.tobytes() for pair in pairs for part in (pair.prompt, pair.answer))
+        arrays = (part for pair in pairs for part in pair if isinstance(part, np.ndarray))
+        parts = b"".join(part.tobytes() for part in arrays)
         self._tokens = f"{zlib.crc32(parts):08x}"
         self._rank, self._world_size = rank, world_size
         self._rounds = 0  # pairs that every rank has taken

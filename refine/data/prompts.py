@@ -17,7 +17,7 @@ import torch
 
 from refine.data.document import BadRow, DataError, cut_middle, stable_hash
 from refine.data.pairs import GENERATED, PairStream, encoder, generated_pairs, is_held_out
-from refine.data.rows import all_rows
+from refine.data.rows import all_rows, first_line
 from refine.data.stream import DataConfig, DataCounts, Example, collate
 
 if TYPE_CHECKING:
@@ -93,7 +93,11 @@ def _read(config: DataConfig, column: str, tokenizer, split: str) -> tuple[list[
         key = stable_hash(f"{Path(source).name}:{number}")
         if divided and is_held_out(key, number, config) != (split == "held_out"):
             continue
-        ids = encode(text)
+        try:
+            ids = encode(text)
+        except (TypeError, ValueError, OverflowError) as error:  # lone surrogates, say
+            _leave_out(counts, number, source, f"the tokenizer refuses it ({first_line(error)})")
+            continue
         if len(ids) < config.min_length:
             counts.short_documents += 1
             continue
@@ -126,12 +130,14 @@ def _from_file(path: Path, column: str, counts: DataCounts) -> Iterator[tuple[in
         if fault is None:
             good.append((number, text, {name: value for name, value in row.items() if name != column}))
         else:
-            if not counts.bad_rows:
-                logger.warning("row %d of %s is left out, and any other like it: %s", number, path, fault)
-            counts.bad_rows += 1
+            _leave_out(counts, number, path, fault)
     if names and column not in names:
         raise DataError(f"{path} has no column {column!r}; it has {', '.join(sorted(names))}")
     yield from good
+
+
+def _leave_out(counts: DataCounts, number: int, source: str | Path, fault: str) -> None:
+    counts.note(BadRow(lambda: f"row {number} of {source}: {fault}"))
 
 
 def _collate(prompts: list[Prompt], pad_id: int) -> PromptBatch:

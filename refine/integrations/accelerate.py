@@ -101,7 +101,7 @@ def _chunk_rule(
     cu_seqlens=None, **_,
 ):  # fmt: skip
     return chunk_delta_rule(
-        *_per_value_head(query, key, value), value, beta, g=g,
+        query, key, value, beta, g=g,
         initial_state=_exact(initial_state, value), output_final_state=output_final_state,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens,
     )  # fmt: skip
@@ -116,7 +116,7 @@ def _recurrent_rule(
             query, key, value, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
         )
     return recurrent_delta_rule(
-        *_per_value_head(query, key, value), value, beta, g=g,
+        query, key, value, beta, g=g,
         initial_state=_exact(initial_state, value), output_final_state=output_final_state,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
     )  # fmt: skip
@@ -124,11 +124,6 @@ def _recurrent_rule(
 
 def _exact(state: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
     return None if state is None else state.to(torch.promote_types(like.dtype, torch.float32))
-
-
-def _per_value_head(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    repeat = value.shape[2] // query.shape[2]
-    return tuple(x if repeat == 1 else x.repeat_interleave(repeat, dim=2) for x in (query, key))
 
 
 def _convolution(theirs, hidden_states, weight, bias=None, activation=None, **kwargs):

@@ -27,7 +27,7 @@ from refine.models.config import FastWeightConfig
 from refine.models.layout import BatchLayout, Packing, place
 from refine.models.names import refuse_unknown
 from refine.models.output import CACHE_NAME, FastWeightOutput
-from refine.models.state import FastWeightState, StateTrace
+from refine.models.state import FastWeightState, StateTrace, check_state, position_before, state_after
 
 _drawn_outside: ContextVar[bool] = ContextVar("_drawn_outside", default=False)
 
@@ -203,8 +203,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
         position = None if state is None else state.position
         placed = place((batch, tokens), attention_mask, packing, position, embeds.device)
         rows = placed.take_in(embeds)
-        if state is not None:
-            self._check_state(state, rows, placed.layout)
+        check_state(state, len(self.layers), rows, placed.layout)
 
         keep_state = use_cache if use_cache is not None else (self.config.use_cache and not self.training)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -217,28 +216,15 @@ class FastWeightModel(FastWeightPreTrainedModel):
             traces.append(trace)
         hidden = placed.put_back(self.norm(hidden), batch, tokens)
 
-        read = placed.layout.tokens_read(rows)
-        start = torch.zeros_like(read) if state is None else state.position
         output = FastWeightOutput(last_hidden_state=hidden, document_ends=placed.ends)
         if keep_state:
-            output[CACHE_NAME] = FastWeightState(states, start + read, _padding(placed, state, read, tokens))
+            output[CACHE_NAME] = state_after(state, states, rows, placed.layout)
         if state_stride is not None:
-            output.trace = StateTrace(traces, start)
+            output.trace = StateTrace(traces, position_before(state, rows, placed.layout))
         if wanted:
             output.hidden_states = (*(placed.put_back(x, batch, tokens) for x in every), hidden)
         keep_names = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
         return output if keep_names is not False else output.to_tuple()
-
-    def _check_state(self, state: FastWeightState, rows: torch.Tensor, layout: BatchLayout) -> None:
-        count = len(layout.document_lengths) if layout.packed else rows.shape[0]
-        if len(state) != count:
-            raise ValueError(
-                f"past_key_values holds {len(state)} sequences, but {count} are to go on from it"
-            )
-        if len(state.layers) != len(self.layers):
-            raise ValueError(
-                f"past_key_values is the state of {len(state.layers)} layers, but the model has {len(self.layers)}"
-            )
 
 
 def _read_state(past_key_values, cache) -> FastWeightState | None:
@@ -270,11 +256,3 @@ def _check_stride(state_stride) -> None:
     whole = isinstance(state_stride, int) and not isinstance(state_stride, bool)
     if state_stride is not None and (not whole or state_stride < 64 or state_stride % 64):
         raise ValueError(f"state_stride must be a positive multiple of 64, got {state_stride!r}")
-
-
-def _padding(placed, state, read: torch.Tensor, tokens: int) -> torch.Tensor | None:
-    """[N] columns that were padding to each sequence so far, or None."""
-    before = None if state is None else state.padding
-    if placed.layout.lengths is None:
-        return before
-    return tokens - read if before is None else before + tokens - read

@@ -98,7 +98,7 @@ class GroupedGatedDelta(nn.Module):
         conv_inputs, gate, b, a = self._project(x)
         tails = (None, None, None) if state is None else state.own_tails()
         q, k, v = self.conv1d(conv_inputs, tails, layout)
-        q, k = (self._per_value_head(z.unflatten(-1, (self.key_heads, -1))) for z in (q, k))
+        q, k = (z.unflatten(-1, (self.key_heads, -1)) for z in (q, k))
         v = v.unflatten(-1, (self.value_heads, -1))
         beta = b.sigmoid() if self.beta_scale == 1.0 else b.sigmoid() * self.beta_scale
         log_decay = self._log_decay(a)
@@ -134,10 +134,6 @@ class GroupedGatedDelta(nn.Module):
                 tuple(last_inputs(z, tail, layout, count) for z, tail in zip(conv_inputs, tails)),
             )
         return self._merge(o, gate), after, trace
-
-    def _per_value_head(self, x: torch.Tensor) -> torch.Tensor:
-        """Queries or keys [B, T, H, K], each repeated for its group of value heads: [B, T, HV, K]."""
-        return x.repeat_interleave(self.value_heads // self.key_heads, dim=2)
 
     def _log_decay(self, a: torch.Tensor) -> torch.Tensor:
         """[B, T, HV] in float32 at least, at most 0."""

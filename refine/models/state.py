@@ -18,6 +18,8 @@ from typing import ClassVar, Protocol
 import torch
 from transformers.cache_utils import Cache
 
+from refine.models.layout import BatchLayout
+
 
 class LayerState(Protocol):
     """One layer's memory of N sequences.
@@ -162,6 +164,47 @@ class FastWeightState(Cache):
             raise ValueError(
                 f"tokens_to_remove must be 0: a fast-weight state cannot be cut, got {tokens_to_remove}"
             )
+
+
+def check_state(
+    state: FastWeightState | None,
+    layers: int,
+    rows: torch.Tensor,  # [B, T, ...], what the layers are about to read
+    layout: BatchLayout,
+) -> None:
+    """Whether ``rows`` can go on from ``state``.
+
+    Raises:
+        ValueError: it is of another number of sequences, or of another model.
+    """
+    if state is None:
+        return
+    count = len(layout.document_lengths) if layout.packed else rows.shape[0]
+    if len(state) != count:
+        raise ValueError(f"past_key_values holds {len(state)} sequences, but {count} are to go on from it")
+    if len(state.layers) != layers:
+        raise ValueError(
+            f"past_key_values is the state of {len(state.layers)} layers, but there are {layers}"
+        )
+
+
+def position_before(
+    state: FastWeightState | None, rows: torch.Tensor, layout: BatchLayout
+) -> torch.Tensor:  # [N] int64
+    """Tokens that each sequence had read before a pass over ``rows``."""
+    return torch.zeros_like(layout.tokens_read(rows)) if state is None else state.position
+
+
+def state_after(
+    state: FastWeightState | None, layers: list[LayerState], rows: torch.Tensor, layout: BatchLayout
+) -> FastWeightState:
+    """The state after a pass over ``rows``, of its layers' new states."""
+    read = layout.tokens_read(rows)
+    padding = None if state is None else state.padding
+    if layout.lengths is not None:
+        new = rows.shape[1] - read
+        padding = new if padding is None else padding + new
+    return FastWeightState(layers, position_before(state, rows, layout) + read, padding)
 
 
 @dataclass

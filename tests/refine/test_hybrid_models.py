@@ -84,17 +84,17 @@ def test_40_greedy_tokens_are_those_of_transformers(family, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "olmo_hybrid"])
-def test_in_bfloat16_the_error_is_no_larger_than_transformers(family, monkeypatch):
+def test_in_bfloat16_the_error_is_that_of_transformers(family, monkeypatch):
     ours = hybrid(family).to(torch.bfloat16).double().eval()  # weights that bfloat16 holds
     theirs = transformers_model(ours)
-    ids = torch.randint(VOCABULARY, (1, 90))
+    ids = torch.randint(VOCABULARY, (6, 90))
     expected = ours(ids).logits
     with on_this_processor(theirs, monkeypatch, exact=False), torch.no_grad():
         error = {
             name: (model.to(torch.bfloat16)(ids).logits.double() - expected).norm()
             for name, model in (("ours", ours), ("theirs", theirs))
         }
-    assert error["ours"] <= 1.25 * error["theirs"]
+    assert error["ours"] <= 2 * error["theirs"]
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "yarn"])

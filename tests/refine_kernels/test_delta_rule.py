@@ -59,7 +59,8 @@ def run(
     if not with_gradients:
         return named
     random = torch.Generator().manual_seed(1)
-    weights = {name: torch.randn(x.shape, generator=random, dtype=torch.float64) for name, x in named.items()}
+    # of bfloat16's precision, so that the same gradients arrive whatever the dtype of the outputs
+    weights = {name: torch.randn(x.shape, generator=random).bfloat16() for name, x in named.items()}
     used = [name for name in named if name in through]
     gradients = torch.autograd.grad(
         [named[name] for name in used], list(leaves.values()),
@@ -271,7 +272,6 @@ def test_half_precision_only_rounds_the_outputs(dtype, tolerance, gated):
     for name, x in actual.items():
         state = "state" in name
         assert x.dtype == (torch.float32 if state else dtype), name
-        # gradients arrive rounded to the dtype, so they differ by a rounding or two from the start
         assert_close(x, expected[name], 1e-5 if name in ("final_state", "states") else tolerance, name)
 
 
@@ -336,6 +336,15 @@ def edge(name, tokens=150):
     return {n: None if x is None else x.float() for n, x in inputs.items()}
 
 
+def growth(name):
+    """The largest sum of a row of |M|: a rounding of R or dU comes back that many times. For parallel keys
+    ``M_ij = -beta (1 - beta)^(i - j - 1)``."""
+    if not name.startswith("parallel keys"):
+        return 1.0
+    beta = float(name.split("=")[1])
+    return 1 + beta / (1 - abs(1 - beta))
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -346,13 +355,13 @@ def edge(name, tokens=150):
     ],
 )
 def test_stability_edges(name):
-    """At most a few times what the sequential rule itself loses in float32."""
+    """At most a few times what the sequential rule itself loses in float32, and what M magnifies a rounding."""
     inputs = edge(name)
     expected = run(to_double(inputs), backend="reference", state_stride=64)
     plain = run(inputs, backend="reference", state_stride=64)
     actual = run(inputs, backend="torch", state_stride=64)
     for key, x in expected.items():
-        allowed = 1e-5 + 4 * relative_error(plain[key], x)
+        allowed = max(1e-5, 1e-6 * growth(name)) + 4 * relative_error(plain[key], x)
         if x.norm() < 1e-6 * expected["dv"].norm():  # a gradient that the decay has put out: small, not exact
             assert actual[key].norm() < 1e-6 * expected["dv"].norm(), key
         else:

@@ -78,7 +78,8 @@ def state_tensors(state):
 def gradients(outputs, leaves, through=None):
     """``{"d" + name: gradient}`` of ``leaves``, that fixed random weights on ``outputs`` send back."""
     random = torch.Generator().manual_seed(1)
-    weights = {n: torch.randn(x.shape, generator=random, dtype=torch.float64) for n, x in outputs.items()}
+    # of bfloat16's precision, so that the same gradients arrive whatever the dtype of the outputs
+    weights = {n: torch.randn(x.shape, generator=random).bfloat16() for n, x in outputs.items()}
     used = [n for n in outputs if (through is None or n in through) and outputs[n].requires_grad]
     found = torch.autograd.grad(
         [outputs[n] for n in used], list(leaves.values()), [weights[n].to(outputs[n]) for n in used],

@@ -103,8 +103,8 @@ def test_whole_grid(N, D, V, std):
         results = with_gradients(linear_logprob, inputs, target, upstream)
         for name, value, plain, truth in zip(QUANTITIES, results, plains, truths):
             floor = 1e-7 * max(1.0, truth.norm().item())
-            if N == 1 and name in ("logprob", "entropy", "lse"):
-                floor += 4e-6  # half a last place of a logit near 100: one rounding decides
+            if N <= 5:  # half a last place of a logit near 100: with few rows one rounding decides
+                floor += 4e-6 * max(1.0, truth.norm().item())
             error, allowed = (value.double() - truth).norm(), 1.5 * (plain.double() - truth).norm() + floor
             assert error <= allowed, f"{name}: {error:.2e} against {allowed:.2e}"
         assert (results[1] >= 0).all()
