@@ -138,11 +138,11 @@ class Phase:
                 found = {"loss": loss, "ntp_loss": loss}
             elif self.on_text == "sft":
                 loss = sequence_loss(
-                    self.model, batch.input_ids, batch.attention_mask, settings.segment_length, world.relay
+                    self.model, batch.input_ids, batch.attention_mask, settings.segment_length, world.context
                 )
                 found = {"loss": loss, "ntp_loss": loss}
             else:
-                output = self._refine(batch, step, draw, world.relay)
+                output = self._refine(batch, step, draw, world.context)
                 loss, found = output.loss, _measures(output, batch)
             return loss / count, {name: value.detach() / count for name, value in found.items()}
 
@@ -154,7 +154,7 @@ class Phase:
             bf16=self.settings.bf16, world=world,
         )  # fmt: skip
         tokens, skipped = sum(int(batch.attention_mask.sum()) for batch in mini_batch), metrics.pop("skipped")
-        tokens = tokens if world.relay is not None else world.total(tokens)
+        tokens = tokens if world.context is not None else world.total(tokens)
         return metrics | {"tokens": tokens, "skipped": skipped}, output
 
     def _total_weight(self, mini_batch: list[Batch]) -> float:
@@ -167,7 +167,7 @@ class Phase:
         targets, _ = next_token_targets(batch.input_ids, batch.attention_mask.sum(1))
         weight = _weights(batch) / max(total, 1e-9)
         return target_loss(
-            self.model, batch.input_ids, targets, weight, self.settings.segment_length, self.world.relay
+            self.model, batch.input_ids, targets, weight, self.settings.segment_length, self.world.context
         )
 
     def _update_on_answers(self, mini_batch: list[PairBatch], metrics: dict[str, float]) -> dict[str, float]:
