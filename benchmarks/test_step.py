@@ -27,7 +27,9 @@ def check() -> None:
 
 
 @pytest.mark.benchmark(group=f"step, T={TOKENS}, c=8, k=5")
-@pytest.mark.parametrize("way", ["sft", "shared_prefix"])  # full-prefix recomputation takes turns with SFT below
+@pytest.mark.parametrize(
+    "way", ["sft", "shared_prefix"]
+)  # full-prefix recomputation takes turns with SFT below
 def test_step(benchmark, way):
     check()
     benchmark.pedantic(step_cost.steps(TOKENS)[way], rounds=3, iterations=1, warmup_rounds=1)

@@ -1,10 +1,8 @@
 """GRPO without TRL: the package's tiny model learns to close brackets in the right order, by reward alone.
 
-    python examples/close_brackets.py
-
 A verifiable task: a prompt opens two to four brackets; a completion is rewarded for closing them, innermost first.
-``python -m refine.train --phase grpo`` reads each prompt once for all its completions, in sampling and in training.
-About five minutes on a laptop's two cores; the curve is ``runs/close-brackets/reward.png``.
+``python -m refine.train --phase grpo`` reads each prompt once for all its completions. The curve is
+``runs/close-brackets/reward.png``.
 """
 
 import argparse
@@ -53,9 +51,8 @@ def make_prompts(count: int, seed: int) -> list[dict[str, str]]:
     rng = random.Random(seed)
 
     def one() -> str:
-        opened = [rng.choice("([{") for _ in range(rng.randint(2, 4))]
-        text = ", ".join(f"{b}{rng.choice(NAMES)}" for b in opened)
-        return f"{rng.choice(NAMES)} = {text}"
+        opened = (f"{rng.choice('([{')}{rng.choice(NAMES)}" for _ in range(rng.randint(2, 4)))
+        return f"{rng.choice(NAMES)} = {', '.join(opened)}"
 
     return [{"prompt": one()} for _ in range(count)]
 
