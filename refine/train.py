@@ -369,7 +369,7 @@ class _Run:
         return final
 
     def on_rank_0(self, act: Callable[[], Any]) -> Any:
-        """What ``act`` gives on rank 0, and None elsewhere. Where it fails, the other processes end without a word."""
+        """What ``act`` gives on rank 0, and None elsewhere. If it fails, the others end without a word."""
         result, error = None, None
         if self.world.is_main:
             try:

@@ -396,12 +396,10 @@ def test_a_signal_with_the_last_update_saves_and_leaves_the_evaluation_for_later
     tmp_path, text_file, monkeypatch, capsys
 ):
     monkeypatch.setattr(phases.Phase, "_refine", at_update(6, lambda _: os.kill(os.getpid(), signal.SIGTERM)))
-    assert run(tmp_path, text_file, max_steps=6, save_steps=0, eval_samples=2) == 0
+    small = {"max_steps": 6, "save_steps": 0, "eval_samples": 2, "gradient_accumulation_steps": 1}
+    assert run(tmp_path, text_file, **small) == 0
     assert "stopped by SIGTERM after update 6" in capsys.readouterr().out
     assert whole(tmp_path / "checkpoint-6") and not (tmp_path / "final").exists()
     monkeypatch.undo()
-    assert (
-        run(tmp_path, text_file, max_steps=6, save_steps=0, eval_samples=2, resume_from_checkpoint="auto")
-        == 0
-    )
+    assert run(tmp_path, text_file, **small, resume_from_checkpoint="auto") == 0
     assert steps(tmp_path) == [0, 1, 2, 3, 4, 5, 6, 6]
