@@ -153,7 +153,7 @@ def judge(variant: KernelVariant, arch: Arch, measured: Measured) -> list[str]:
         problems.append(
             f"takes {measured.shared_bytes} bytes of shared memory where {arch.name} has {arch.shared_limit}"
         )
-    budget = 0 if arch.name in variant.spill_free else variant.spill_budget
+    budget = variant.chip_budgets.get(arch.name, variant.spill_budget)
     if arch.backend == "cuda" and measured.spilled_bytes > budget:
         problems.append(f"spills {measured.spilled_bytes} bytes, budget {budget}")
     if variant.tensor_core and not measured.tensor_core:

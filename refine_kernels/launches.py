@@ -36,7 +36,7 @@ class KernelVariant:
         num_stages: software pipeline depth.
         divisible_by_16: names of pointers and integers that are multiples of 16.
         spill_budget: bytes per thread that may spill to local memory on an NVIDIA target.
-        spill_free: the chips, of those that inspect knows, where nothing may spill whatever the budget.
+        chip_budgets: chip -> bytes, where one of those that inspect knows is held to another budget.
         tensor_core: whether the kernel must contain tensor-core instructions.
     """
 
@@ -48,7 +48,7 @@ class KernelVariant:
     num_stages: int = 2
     divisible_by_16: frozenset[str] = field(default_factory=frozenset)
     spill_budget: int = 0
-    spill_free: frozenset[str] = frozenset()
+    chip_budgets: dict[str, int] = field(default_factory=dict)
     tensor_core: bool = False
 
     @property

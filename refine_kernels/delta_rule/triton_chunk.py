@@ -67,7 +67,7 @@ def forward(
     for_backward: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(o, final_state, states, checkpoints, kept)``, what is not asked for with length 0; as
-    ``chunked.forward``. ``kept`` holds the running sums of g, U and M."""
+    ``chunked.forward``. ``kept`` holds the running sums of g, norms, U and M."""
     q, k, v, beta, g, initial_state, cu_seqlens = _contiguous(q, k, v, beta, g, initial_state, cu_seqlens)
     plan = _plan(q, v, g is not None, l2norm, cu_seqlens)
     b, _, h, vd = v.shape
@@ -77,7 +77,7 @@ def forward(
         longest = q.shape[1] if cu_seqlens is None else int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
         most = -(-longest // state_stride)
     o = torch.empty_like(v)
-    new_states = torch.empty if cu_seqlens is None else torch.zeros  # some places are nobody's
+    new_states = torch.empty if cu_seqlens is None else torch.zeros  # some places belong to no sequence
     states = new_states(plan.rows, most, h, kd, vd, dtype=torch.float32, device=q.device)
     final_state = states.new_empty(plan.rows if output_final_state else 0, h, kd, vd)
     groups = checkpoint_count(v, cu_seqlens) if for_backward else 0
@@ -86,12 +86,15 @@ def forward(
     if b * h == 0:
         return o, final_state, states, checkpoints, kept
     if for_backward:
-        decays, u, inverse = _kept(kept, v, plan, g is not None)
+        decays, norms, u, inverse = _kept(kept, q, v, plan, g is not None)
     else:
         decays = None if g is None else g.new_empty(2, *g.shape, dtype=torch.float32)
+        norms = q.new_empty(2, *q.shape[:3], dtype=torch.float32) if l2norm else None
         u, inverse = None, q.new_empty(*v.shape[:3], plan.chunk)
-    given = {"k": k, "beta": beta, "inverse": inverse, "decays": decays}
-    plan.launch(inverse_kernel, plan.chunks * h, plan.tiles.inverse, g=g, owners=plan.chunk_owners, **given)
+    given = {"k": k, "beta": beta, "inverse": inverse, "decays": decays, "norms": norms}
+    plan.launch(
+        inverse_kernel, plan.chunks * h, plan.tiles.inverse, q=q, g=g, owners=plan.chunk_owners, **given
+    )
     given |= {"v": v, "scale": scale}
     tile, starts = plan.tiles.scan, initial_state
     if plan.span:
@@ -142,9 +145,9 @@ def backward(
     if b * h == 0:
         dg = q.new_empty(0) if g is None else torch.empty_like(g)
         return dq, dk, dv, torch.empty_like(beta), dg, d_initial
-    decays, u, inverse = _kept(kept, v, plan, g is not None)
+    decays, norms, u, inverse = _kept(kept, q, v, plan, g is not None)
 
-    given = {"k": k, "beta": beta, "inverse": inverse, "decays": decays, "scale": scale}
+    given = {"k": k, "beta": beta, "inverse": inverse, "decays": decays, "norms": norms, "scale": scale}
     chunk_states = None
     if not plan.tiles.carry:
         chunk_states = q.new_empty(plan.chunks, h, kd, vd)
@@ -179,10 +182,10 @@ def backward(
         by_value_heads = [q.new_empty(*v.shape[:3], kd, dtype=torch.float32) for _ in by_value_heads]
     plan.launch(
         gradient_kernel, (plan.groups if carry else plan.chunks) * h * blocks, tile, q=q, k=k, v=v,
-        o=o if l2norm else None, u=u, beta=beta, decays=decays, kept=checkpoints if carry else chunk_states,
-        d_o=d_o, d_r=d_r, d_chunk_states=d_chunk_states, dq=by_value_heads[0], dk=by_value_heads[1], dv=dv,
-        sums=sums, owners=plan.group_owners if carry else plan.chunk_owners, scale=scale, SHARE=sums.stride(0),
-        GROUP=GROUP_TOKENS // plan.chunk if carry else 1,
+        o=o if l2norm else None, u=u, beta=beta, decays=decays, norms=norms, d_o=d_o, d_r=d_r,
+        kept=checkpoints if carry else chunk_states, d_chunk_states=d_chunk_states, dq=by_value_heads[0],
+        dk=by_value_heads[1], dv=dv, sums=sums, owners=plan.group_owners if carry else plan.chunk_owners,
+        scale=scale, SHARE=sums.stride(0), GROUP=GROUP_TOKENS // plan.chunk if carry else 1,
     )  # fmt: skip
     if plan.repeat > 1:
         dq, dk = (x.unflatten(2, (-1, plan.repeat)).sum(3).to(q.dtype) for x in by_value_heads)
@@ -211,27 +214,33 @@ def checkpoint_count(v: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:  
 
 def kept_count(q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None) -> int:
     """Numbers of q's dtype that ``forward`` keeps for the backward beside states: with g its running sums, two
-    float32 a token and head; U [B, T, HV, V] and M [B, T, HV, C]."""
+    float32 a token and value head; norms, two float32 a token and key head; U [B, T, HV, V] and M [B, T, HV, C]."""
     tensor_memory = has_tensor_memory(q.device)
     tiles = choose_tiles(
         q.shape[-1], v.shape[-1], q.element_size(), g is not None, tensor_memory=tensor_memory
     )
-    sums = 0 if g is None else _sums_count(v)
-    return sums + v.shape[0] * v.shape[1] * v.shape[2] * (v.shape[-1] + tiles.chunk)
+    sums = 0 if g is None else _pairs_count(v)
+    return sums + _pairs_count(q) + v.shape[0] * v.shape[1] * v.shape[2] * (v.shape[-1] + tiles.chunk)
 
 
-def _sums_count(v: torch.Tensor) -> int:
-    """Places of v's dtype for two float32 a token and head, to a multiple of 16 bytes: U starts behind them, and
-    kernels are compiled for tensors that start at one."""
-    return -(-v.shape[:3].numel() // 2) * (16 // v.element_size())
+def _pairs_count(x: torch.Tensor) -> int:
+    """Places of x's dtype for two float32 a token and head, to a multiple of 16 bytes: other tensors start behind
+    them, and kernels are compiled for tensors that start at one."""
+    return -(-x.shape[:3].numel() // 2) * (16 // x.element_size())
 
 
-def _kept(kept: torch.Tensor, v: torch.Tensor, plan: _Plan, gated: bool) -> tuple[torch.Tensor | None, ...]:
-    """Running sums of g, U and M, as views."""
-    tokens = v.shape[:3]
-    sums = _sums_count(v) if gated else 0
-    decays = kept[:sums].view(torch.float32)[: 2 * tokens.numel()].view(2, *tokens) if gated else None
-    return decays, kept[sums:][: v.numel()].view(v.shape), kept[sums + v.numel() :].view(*tokens, plan.chunk)
+def _kept(
+    kept: torch.Tensor, q: torch.Tensor, v: torch.Tensor, plan: _Plan, gated: bool
+) -> tuple[torch.Tensor | None, ...]:
+    """Running sums of g, norms, U and M, as views."""
+    pairs = []
+    for x in (v, q) if gated else (q,):
+        tokens, count = x.shape[:3], _pairs_count(x)
+        pairs.append(kept[:count].view(torch.float32)[: 2 * tokens.numel()].view(2, *tokens))
+        kept = kept[count:]
+    norms = pairs[-1] if plan.l2norm else None
+    u, inverse = kept[: v.numel()].view(v.shape), kept[v.numel() :].view(*v.shape[:3], plan.chunk)
+    return pairs[0] if gated else None, norms, u, inverse
 
 
 def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -274,7 +283,7 @@ class _Plan(NamedTuple):
         sizes = {
             "cu_seqlens": self.cu_seqlens, "T": self.tokens, "H": self.heads, "ALL": self.all, "N_STATES": 0,
             "STRIDE": 1, "REPEAT": self.repeat, "K": self.kd, "V": self.vd, "BK": block(self.kd),
-            "BT": self.chunk, "BJ": JOIN_ROWS, "GROUP": GROUP_TOKENS // self.chunk, "L2NORM": self.l2norm,
+            "BT": self.chunk, "BJ": JOIN_ROWS, "GROUP": GROUP_TOKENS // self.chunk,
             "EPS": L2_NORM_EPS, "PRECISION": self.precision,
         }  # fmt: skip
         given = (

@@ -16,10 +16,11 @@ def gradient_kernel(
     q,  # [B, T, H / REPEAT, K]
     k,  # [B, T, H / REPEAT, K]
     v,  # [B, T, H, V]
-    o,  # [B, T, H, V] or None without L2NORM
+    o,  # [B, T, H, V] or None without norms
     u,  # [B, T, H, V]
     beta,  # [B, T, H]
     decays,  # [2, B, T, H] float32 or None
+    norms,  # [2, B, T, H / REPEAT] float32 or None
     kept,  # [places of groups, H, K, V]  the state before every group
     d_o,  # [B, T, H, V]
     d_r,  # [B, T, H, V]
@@ -43,8 +44,6 @@ def gradient_kernel(
     BR: tl.constexpr,
     BT: tl.constexpr,
     GROUP: tl.constexpr,
-    L2NORM: tl.constexpr,
-    EPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: BK columns of dq and dk over one group of GROUP chunks and one head.
@@ -86,14 +85,13 @@ def gradient_kernel(
         i_xk = i_x // REPEAT  # of the key head
         p_ds = d_chunk_states + ((i_place + i_c) * H + i_h) * (K * V)
         b_beta = tl.load(beta + i_x + o_x, mask=m_t, other=0).to(tl.float32)
-        b_nk = parts.row_norms(k + i_xk * K, o_xk, m_t, K, BK, L2NORM, EPS)
-        b_nq = parts.row_norms(q + i_xk * K, o_xk, m_t, K, BK, L2NORM, EPS)
+        size = tl.minimum(length - i_c * BT, BT)
+        b_nk = parts.norms(norms, i_xk, H // REPEAT, size, o_i)
+        b_nq = parts.norms_of_q(norms, ALL, REPEAT, i_xk, H // REPEAT, size, o_i)
         b_from = tl.full((BT,), 1.0, tl.float32)
         b_to = b_from
         if decays is not None:
-            b_high, b_low, high, low = parts.decays(
-                decays, ALL, i_x, H, tl.minimum(length - i_c * BT, BT), o_i
-            )
+            b_high, b_low, high, low = parts.decays(decays, ALL, i_x, H, size, o_i)
             b_from = tl.exp(b_high)
             b_to = tl.exp((high - b_high) + (low - b_low))
 
@@ -112,7 +110,7 @@ def gradient_kernel(
             tl.store(
                 dv + i_x * V + o_xr, (b_beta[:, None] * b_r).to(dtype), mask=tl.where(i_k == 0, m_r, False)
             )
-            if L2NORM:
+            if norms is not None:
                 b_v = tl.load(u + i_x * V + o_xr, mask=m_r, other=0).to(tl.float32)
                 b_kk += 2 * tl.sum(b_r * b_v, 1) - b_beta * b_rv
                 b_v = tl.load(o + i_x * V + o_xr, mask=m_r, other=0).to(tl.float32)
@@ -165,7 +163,7 @@ def gradient_kernel(
             b_dx *= a_from[:, None]
             b_dg += tl.sum(b_dx * b_q.to(tl.float32), 1) * a_nq * scale
         b_dx = tl.dot(b_w, b_k, b_dx, input_precision=PRECISION) * scale
-        if L2NORM:
+        if norms is not None:
             b_dx = (b_dx - b_q.to(tl.float32) * (a_qq * a_nq)[:, None]) * a_nq[:, None]
         o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 7)
         m_tk = m_t[:, None] & m_k[None, :]
@@ -289,7 +287,7 @@ def gradient_kernel(
             b_p *= parts.between_unmasked(a_high[None, :], a_low[None, :], a_high[:, None], a_low[:, None])
         b_k = tl.load(k + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
         b_dx = tl.dot(b_p.to(dtype), b_k, b_dx, input_precision=PRECISION)
-        if L2NORM:
+        if norms is not None:
             b_dx = (b_dx - b_k.to(tl.float32) * (a_kk * a_nk)[:, None]) * a_nk[:, None]
         o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 8)
         m_tk = m_t[:, None] & m_k[None, :]

@@ -40,29 +40,20 @@ def owner(cu_seqlens, owners, i_place, T, UNIT: tl.constexpr):
 
 
 @triton.jit
-def norms(b_x, L2NORM: tl.constexpr, EPS: tl.constexpr):  # [BT, BK] -> [BT]
-    """What the rows are multiplied by."""
-    b_f = b_x.to(tl.float32)
-    if L2NORM:
-        b_n = tl.rsqrt(tl.sum(b_f * b_f, 1) + EPS)
+def norms(norms, i_xk, HK, tokens, o_i):
+    """What rows of k are multiplied by, as ``inverse_kernel`` wrote it, of a chunk of ``tokens`` tokens whose first
+    is at ``i_xk``; 1 where nothing is normalised. [BT], for use in one layout: another reads it again."""
+    if norms is None:
+        b_n = tl.full(o_i.shape, 1.0, tl.float32)
     else:
-        b_n = tl.full((b_x.shape[0],), 1.0, tl.float32)
+        b_n = tl.load(norms + i_xk + tl.minimum(o_i, tokens - 1) * HK)
     return b_n
 
 
 @triton.jit
-def row_norms(p_x, o_x, m_t, K: tl.constexpr, BK: tl.constexpr, L2NORM: tl.constexpr, EPS: tl.constexpr):
-    """``norms`` of rows [BT] in memory, read BK columns at a time."""
-    b_n = tl.full(o_x.shape, 1.0, tl.float32)
-    if L2NORM:
-        b_n = tl.zeros(o_x.shape, tl.float32)
-        for i_k in range((K + BK - 1) // BK):
-            o_k = i_k * BK + tl.arange(0, BK)
-            m = m_t[:, None] & (o_k < K)[None, :]
-            b_x = tl.load(p_x + (o_x[:, None] * K + o_k[None, :]), mask=m, other=0).to(tl.float32)
-            b_n += tl.sum(b_x * b_x, 1)
-        b_n = tl.rsqrt(b_n + EPS)
-    return b_n
+def norms_of_q(q_norms, ALL, REPEAT: tl.constexpr, i_xk, HK, tokens, o_i):
+    """Those of q lie behind them."""
+    return norms(q_norms, i_xk + ALL // REPEAT, HK, tokens, o_i)
 
 
 @triton.jit

@@ -13,11 +13,13 @@ from refine_kernels.delta_rule import triton_parts as parts
 
 @triton.jit(do_not_specialize=["T"])
 def inverse_kernel(
+    q,  # [B, T, H / REPEAT, K]
     k,  # [B, T, H / REPEAT, K]
     beta,  # [B, T, H]
     g,  # [B, T, H] or None
     inverse,  # [B, T, H, BT]
     decays,  # [2, B, T, H] float32, or None without g
+    norms,  # [2, B, T, H / REPEAT] float32, of k and of q, or None: not normalised
     cu_seqlens,  # [N + 1] or None
     owners,  # [places] or None
     T,
@@ -27,7 +29,6 @@ def inverse_kernel(
     K: tl.constexpr,
     BK: tl.constexpr,
     BT: tl.constexpr,
-    L2NORM: tl.constexpr,
     EPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -36,7 +37,8 @@ def inverse_kernel(
     Float32 inputs have A and M worked out in float64: rounding of A comes back multiplied by M, whose rows sum to
     19 for parallel keys and beta = 1.9, and would be most of what such states lose.
 
-    Reads k, beta and g once, writes M and the running sums of g once. The 16 x 16 blocks on the diagonal by
+    Reads k, beta, g and, for its norms, q once, writes M, the running sums of g and the factors
+    ``1 / sqrt(sum x^2 + eps)`` once. The 16 x 16 blocks on the diagonal by
     substitution, row after row in all of them at once; then blocks of 32 and 64 by ``M <- M - M A_below M``.
     Substitution keeps its accuracy for parallel keys, where powers of A (Neumann doubling) reach 10^8.
     """
@@ -62,7 +64,17 @@ def inverse_kernel(
         other=0,
     )
     b_beta = tl.load(beta + i_x + o_x, mask=m_t, other=0).to(tl.float32)
-    b_nk = parts.norms(b_k, L2NORM, EPS)
+    b_nk = tl.full((BT,), 1.0, tl.float32)
+    if norms is not None:
+        p_n = norms + i_x // REPEAT + o_xk
+        b_q = tl.load(
+            q + i_x // REPEAT * K + (o_xk[:, None] * K + o_k[None, :]),
+            mask=m_t[:, None] & (o_k < K)[None, :], other=0,
+        )  # fmt: skip
+        b_nk = _factors(b_k, EPS)
+        m_n = tl.where(i_h % REPEAT == 0, m_t, False)
+        tl.store(p_n, b_nk, mask=m_n)
+        tl.store(p_n + ALL // REPEAT, _factors(b_q, EPS), mask=m_n)
     m_below = o_i[:, None] > o_i[None, :]
     dtype: tl.constexpr = tl.float64 if PRECISION == "ieee" else tl.float32
     if PRECISION == "ieee":
@@ -100,6 +112,12 @@ def inverse_kernel(
     tl.store(inverse + i_x * BT + (o_x[:, None] * BT + o_i[None, :]), b_m, mask=m_t[:, None])
 
 
+@triton.jit
+def _factors(b_x, EPS: tl.constexpr):  # [BT, BK] -> [BT]
+    b_f = b_x.to(tl.float32)
+    return tl.rsqrt(tl.sum(b_f * b_f, 1) + EPS)
+
+
 @triton.jit(do_not_specialize=["T", "N_STATES", "STRIDE", "SPAN"])
 def scan_kernel(
     q,  # [B, T, H / REPEAT, K]; None without o
@@ -107,6 +125,7 @@ def scan_kernel(
     v,  # [B, T, H, V]
     beta,  # [B, T, H]
     decays,  # [2, B, T, H] float32 or None
+    norms,  # [2, B, T, H / REPEAT] float32 or None
     inverse,  # [B, T, H, BT]
     initial,  # [N, H, K, V] float32 or None; with SPAN and without maps, [places of spans, H, K, V]
     o,  # [B, T, H, V] or None
@@ -132,16 +151,14 @@ def scan_kernel(
     BV: tl.constexpr,
     BT: tl.constexpr,
     GROUP: tl.constexpr,
-    L2NORM: tl.constexpr,
-    EPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: BV columns of one head's state, through all chunks of a sequence or, with SPAN, through SPAN of
     them from the state that ``initial`` has for this span.
 
-    Reads q, k, v, beta, g and M once (q, k and M once for every block of V), writes o once; the state stays on
-    the chip. States at strides, the final state, a float32 state every GROUP chunks and a rounded one every
-    chunk are written where there is a tensor for them. STRIDE counts chunks.
+    Reads q, k, v, beta, g, norms and M once (q, k and M once for every block of V), writes o once; the
+    state stays on the chip. States at strides, the final state, a float32 state every GROUP chunks and a rounded
+    one every chunk are written where there is a tensor for them. STRIDE counts chunks.
 
     ``maps`` asks for what a span does to the state that enters it, ``S -> P S + L``, as [L P]: L is scanned from
     zeros, the columns of P from those of the identity with v = 0, as columns of a state do not see one another.
@@ -170,6 +187,7 @@ def scan_kernel(
     i_group = parts.place(cu_seqlens, i_n, begin, T, GROUP * BT)
     i_place = parts.place(cu_seqlens, i_n, begin, T, BT)
 
+    HK = H // REPEAT
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
@@ -204,33 +222,33 @@ def scan_kernel(
         if chunk_states is not None:
             tl.store(chunk_states + ((i_place + i_c) * H + i_h) * (K * V) + o_s, b_h, mask=m_s)
 
-        o_t = i_c * BT + o_i
-        m_t = o_t < length
-        o_x = (begin + o_t) * H + i_h
-        o_xk = (begin + o_t) * (H // REPEAT) + i_h // REPEAT  # of the key head
         i_x = (begin + i_c * BT) * H + i_h  # the chunk's first
+        i_xk = i_x // REPEAT  # of the key head
         tokens = tl.minimum(length - i_c * BT, BT)
+        o_l = parts.anew(o_i, i_c, 5)
+        m_t, o_x, o_xk = o_l < tokens, o_l * H, o_l * HK
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
-        b_k = tl.load(k + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
-        b_m = tl.load(inverse + (o_x[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0)
-        b_beta = tl.load(beta + o_x, mask=m_t, other=0).to(tl.float32)
-        b_nk = parts.norms(b_k, L2NORM, EPS)
-        b_read = b_nk  # factors of K where it reads the state, of K where it writes
-        b_write = b_nk
+        b_k = tl.load(k + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        b_m = tl.load(inverse + i_x * BT + (o_x[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0)
+        b_beta = tl.load(beta + i_x + o_x, mask=m_t, other=0).to(tl.float32)
+        b_read = parts.norms(norms, i_xk, HK, tokens, o_i)  # factors of K where it reads the state
         if decays is not None:
             b_high, b_low, high, low = parts.decays(decays, ALL, i_x, H, tokens, o_i)
-            b_read = b_nk * tl.exp(b_high)
+            b_read *= tl.exp(b_high)
 
-        b_v = tl.load(v + (o_x[:, None] * V + o_v[None, :]), mask=m_tv, other=0).to(tl.float32)
+        b_v = tl.load(v + i_x * V + (o_x[:, None] * V + o_v[None, :]), mask=m_tv, other=0).to(tl.float32)
         b_r = b_v - b_read[:, None] * tl.dot(b_k, b_h, input_precision=PRECISION)
         b_u = tl.dot(b_m, (b_beta[:, None] * b_r).to(dtype), input_precision=PRECISION)
         if u is not None:
-            tl.store(u + (o_x[:, None] * V + o_v[None, :]), b_u.to(dtype), mask=m_tv)
+            o_j = parts.anew(o_i, i_c, 2)
+            o_w = (o_j * H)[:, None] * V + o_v[None, :]
+            tl.store(u + i_x * V + o_w, b_u.to(dtype), mask=(o_j < tokens)[:, None] & m_v[None, :])
         if o is not None:
-            b_q = tl.load(q + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
-            b_nq = parts.norms(b_q, L2NORM, EPS) * scale
+            b_q = tl.load(q + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
             o_j = parts.anew(o_i, i_c, 0)
+            b_nq = parts.norms_of_q(norms, ALL, REPEAT, i_xk, HK, tokens, o_j) * scale
+            b_nk = parts.norms(norms, i_xk, HK, tokens, o_j)
             m_p = o_j[:, None] >= o_j[None, :]
             b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_nq[:, None] * b_nk[None, :]
             if decays is not None:
@@ -240,10 +258,14 @@ def scan_kernel(
             b_p = tl.where(m_p, b_p, 0.0)
             b_o = tl.dot(b_q, b_h, input_precision=PRECISION) * b_nq[:, None]
             b_o = tl.dot(b_p.to(dtype), b_u.to(dtype), b_o, input_precision=PRECISION)
-            tl.store(o + (o_x[:, None] * V + o_v[None, :]), b_o.to(dtype), mask=m_tv)
+            o_j = parts.anew(o_i, i_c, 6)
+            o_w = (o_j * H)[:, None] * V + o_v[None, :]
+            tl.store(o + i_x * V + o_w, b_o.to(dtype), mask=(o_j < tokens)[:, None] & m_v[None, :])
+        o_j = parts.anew(o_i, i_c, 1)
+        b_write = parts.norms(norms, i_xk, HK, tokens, o_j)  # of K where it writes
         if decays is not None:
-            b_high, b_low, high, low = parts.decays(decays, ALL, i_x, H, tokens, parts.anew(o_i, i_c, 1))
-            b_write = b_nk * tl.exp((high - b_high) + (low - b_low))
+            b_high, b_low, high, low = parts.decays(decays, ALL, i_x, H, tokens, o_j)
+            b_write *= tl.exp((high - b_high) + (low - b_low))
             b_s *= tl.exp(high)
         b_s = tl.dot(tl.trans(b_k), (b_write[:, None] * b_u).to(dtype), b_s, input_precision=PRECISION)
 
@@ -268,6 +290,7 @@ def reverse_kernel(
     k,  # [B, T, H / REPEAT, K]
     beta,  # [B, T, H]
     decays,  # [2, B, T, H] float32 or None
+    norms,  # [2, B, T, H / REPEAT] float32 or None
     inverse,  # [B, T, H, BT]
     d_o,  # [B, T, H, V]
     d_final,  # [N, H, K, V] float32 or None; with SPAN and without maps, [places of spans, H, K, V]
@@ -291,13 +314,11 @@ def reverse_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     BT: tl.constexpr,
-    L2NORM: tl.constexpr,
-    EPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: BV columns of dS of one head, from the last chunk of a sequence or of a span to the first.
 
-    Reads q, k, beta, g, M and dO once (q, k and M once for every block of V), writes dR' and the dS' that
+    Reads q, k, beta, g, norms, M and dO once (q, k and M once for every block of V), writes dR' and the dS' that
     arrives behind every chunk once, both rounded to the dtype of k.
 
     SPAN and ``maps`` as in ``scan_kernel``, mirrored: what a span does to the dS that arrives behind it. Here the
@@ -325,6 +346,7 @@ def reverse_kernel(
         if (first == 0) | (first >= whole) | ((first + SPAN >= whole) & (i_v >= NV)):
             return
 
+    HK = H // REPEAT
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
@@ -354,33 +376,34 @@ def reverse_kernel(
         m_z = m_s if maps is None else tl.where(STRIDE < 0, m_s, False)
         tl.store(d_chunk_states + ((i_place + i_c) * H + i_h) * (K * V) + o_z, b_dh, mask=m_z)
 
-        o_t = i_c * BT + o_i
-        m_t = o_t < length
-        o_x = (begin + o_t) * H + i_h
-        o_xk = (begin + o_t) * (H // REPEAT) + i_h // REPEAT  # of the key head
         i_x = (begin + i_c * BT) * H + i_h  # the chunk's first
+        i_xk = i_x // REPEAT  # of the key head
         tokens = tl.minimum(length - i_c * BT, BT)
+        o_l = parts.anew(o_i, i_c, 5)
+        m_t, o_x, o_xk = o_l < tokens, o_l * H, o_l * HK
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
-        b_q = tl.load(q + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
-        b_k = tl.load(k + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
-        b_do = tl.load(d_o + (o_x[:, None] * V + o_v[None, :]), mask=m_tv, other=0)
-        b_m = tl.load(inverse + (o_x[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0)
-        b_beta = tl.load(beta + o_x, mask=m_t, other=0).to(tl.float32)
-        b_nq = parts.norms(b_q, L2NORM, EPS) * scale
-        b_nk = parts.norms(b_k, L2NORM, EPS)
+        b_q = tl.load(q + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        b_k = tl.load(k + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+        b_do = tl.load(d_o + i_x * V + (o_x[:, None] * V + o_v[None, :]), mask=m_tv, other=0)
+        b_m = tl.load(inverse + i_x * BT + (o_x[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0)
+        b_beta = tl.load(beta + i_x + o_x, mask=m_t, other=0).to(tl.float32)
         o_j = parts.anew(o_i, i_c, 0)
+        b_nq = parts.norms_of_q(norms, ALL, REPEAT, i_xk, HK, tokens, o_j) * scale
+        b_nk = parts.norms(norms, i_xk, HK, tokens, o_j)
         m_p = o_j[:, None] <= o_j[None, :]
         b_p = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * b_nk[:, None] * b_nq[None, :]  # P^T
-        b_write = b_nk
-        b_read = b_nk
+        b_write = parts.norms(norms, i_xk, HK, tokens, o_i)
+        o_b = parts.anew(o_i, i_c, 1)
+        b_read = parts.norms(norms, i_xk, HK, tokens, o_b)
+        b_nq = parts.norms_of_q(norms, ALL, REPEAT, i_xk, HK, tokens, o_b) * scale
         if decays is not None:
             b_high, b_low, high, low = parts.decays(decays, ALL, i_x, H, tokens, o_i)
             p_high, p_low, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_j)
             b_p *= parts.between(p_high[None, :], p_low[None, :], p_high[:, None], p_low[:, None], m_p)
-            b_write = b_nk * tl.exp((high - b_high) + (low - b_low))
-            b_high, _, _, _ = parts.decays(decays, ALL, i_x, H, tokens, parts.anew(o_i, i_c, 1))
-            b_read = b_nk * tl.exp(b_high)
+            b_write *= tl.exp((high - b_high) + (low - b_low))
+            b_high, _, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_b)
+            b_read *= tl.exp(b_high)
             b_nq *= tl.exp(b_high)
         b_p = tl.where(m_p, b_p, 0.0)
 
@@ -388,7 +411,9 @@ def reverse_kernel(
         b_du = tl.dot(b_p.to(dtype), b_do, b_du, input_precision=PRECISION)
         b_dr = tl.dot(tl.trans(b_m), b_du.to(dtype), input_precision=PRECISION)
         if d_r is not None:
-            tl.store(d_r + (o_x[:, None] * V + o_v[None, :]), b_dr.to(dtype), mask=m_tv)
+            o_j = parts.anew(o_i, i_c, 2)
+            o_w = (o_j * H)[:, None] * V + o_v[None, :]
+            tl.store(d_r + i_x * V + o_w, b_dr.to(dtype), mask=(o_j < tokens)[:, None] & m_v[None, :])
         if decays is not None:
             b_ds *= tl.exp(high)
         b_x = (b_nq[:, None] * b_do.to(tl.float32)).to(dtype)

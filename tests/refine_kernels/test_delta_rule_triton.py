@@ -286,9 +286,10 @@ def test_tiles_cover_the_values(kd, vd, itemsize):
 def test_what_is_kept_lies_where_kernels_load_it_whole(dtype, gated, tokens):
     q, v = torch.empty(1, tokens, 1, 64, dtype=dtype), torch.empty(1, tokens, 1, 32, dtype=dtype)
     kept = q.new_empty(triton_chunk.kept_count(q, v, q[..., 0] if gated else None))
-    parts = triton_chunk._kept(kept, v, triton_chunk._plan(q, v, gated, False, None), gated)
+    plan = triton_chunk._plan(q, v, gated, True, None)
+    parts = triton_chunk._kept(kept, q, v, plan, gated)
     assert [None if x is None else tuple(x.shape) for x in parts] == [
-        (2, 1, tokens, 1) if gated else None, (1, tokens, 1, 32), (1, tokens, 1, 64)
+        (2, 1, tokens, 1) if gated else None, (2, 1, tokens, 1), (1, tokens, 1, 32), (1, tokens, 1, 64)
     ]  # fmt: skip
     spans = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in parts if x is not None]
     assert all(start % 16 == 0 for start, _ in spans)
