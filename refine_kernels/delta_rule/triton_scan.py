@@ -242,8 +242,8 @@ def scan_kernel(
         b_u = tl.dot(b_m, (b_beta[:, None] * b_r).to(dtype), input_precision=PRECISION)
         if u is not None:
             o_j = parts.anew(o_i, i_c, 2)
-            o_z = (o_j * H)[:, None] * V + o_v[None, :]
-            tl.store(u + i_x * V + o_z, b_u.to(dtype), mask=(o_j < tokens)[:, None] & m_v[None, :])
+            o_w = (o_j * H)[:, None] * V + o_v[None, :]
+            tl.store(u + i_x * V + o_w, b_u.to(dtype), mask=(o_j < tokens)[:, None] & m_v[None, :])
         if o is not None:
             b_q = tl.load(q + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
             o_j = parts.anew(o_i, i_c, 0)
@@ -259,8 +259,8 @@ def scan_kernel(
             b_o = tl.dot(b_q, b_h, input_precision=PRECISION) * b_nq[:, None]
             b_o = tl.dot(b_p.to(dtype), b_u.to(dtype), b_o, input_precision=PRECISION)
             o_j = parts.anew(o_i, i_c, 6)
-            o_z = (o_j * H)[:, None] * V + o_v[None, :]
-            tl.store(o + i_x * V + o_z, b_o.to(dtype), mask=(o_j < tokens)[:, None] & m_v[None, :])
+            o_w = (o_j * H)[:, None] * V + o_v[None, :]
+            tl.store(o + i_x * V + o_w, b_o.to(dtype), mask=(o_j < tokens)[:, None] & m_v[None, :])
         o_j = parts.anew(o_i, i_c, 1)
         b_write = parts.norms(norms, i_xk, HK, tokens, o_j)  # of K where it writes
         if decays is not None:
@@ -411,7 +411,9 @@ def reverse_kernel(
         b_du = tl.dot(b_p.to(dtype), b_do, b_du, input_precision=PRECISION)
         b_dr = tl.dot(tl.trans(b_m), b_du.to(dtype), input_precision=PRECISION)
         if d_r is not None:
-            tl.store(d_r + i_x * V + (o_x[:, None] * V + o_v[None, :]), b_dr.to(dtype), mask=m_tv)
+            o_j = parts.anew(o_i, i_c, 2)
+            o_w = (o_j * H)[:, None] * V + o_v[None, :]
+            tl.store(d_r + i_x * V + o_w, b_dr.to(dtype), mask=(o_j < tokens)[:, None] & m_v[None, :])
         if decays is not None:
             b_ds *= tl.exp(high)
         b_x = (b_nq[:, None] * b_do.to(tl.float32)).to(dtype)

@@ -28,6 +28,7 @@ from refine.models.body import FastWeightModel
 from refine.models.causal_lm import FastWeightForCausalLM
 from refine.models.delta_net import DeltaNetAttention
 from refine.models.registry import ENTRIES
+from refine.models.state import float_tensors
 from tests.clients.families import FAMILIES, tiny_model
 from tests.numerics import assert_close
 from tests.refine import tiny
@@ -87,6 +88,20 @@ def test_a_state_is_a_cache_that_is_never_written():
         model(ids, past_key_values=twice)
     with pytest.raises(ValueError, match="not both"):
         model(ids, past_key_values=twice, cache=empty.select(torch.arange(0)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_state_says_whether_it_grows(family):
+    """Those of fixed size take the same memory after 40 tokens and after 200; keys and values grow."""
+    model, sizes = tiny_model(family).eval(), []
+    for tokens in (40, 200):
+        with torch.no_grad():
+            state = model(ids_of(1, tokens), use_cache=True).past_key_values
+            state = model(ids_of(1, 40), past_key_values=state, use_cache=True).past_key_values
+        sizes.append(sum(x.numel() for x in float_tensors(state)))
+    # LaCT's open chunk holds up to 32 tokens
+    assert (sizes[1] <= sizes[0] * 1.3) == state.fixed_size
+    assert state.fixed_size == (family in tiny.FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -141,7 +141,7 @@ PLACES = [
     "refine.train:write_samples",
     "refine.train:draw_plots",
     "refine.train:load_model_and_tokenizer",
-    "refine.training.phases:refine_loss",
+    "refine.training.phases:refine_step",
 ]
 
 

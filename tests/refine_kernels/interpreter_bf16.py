@@ -32,15 +32,14 @@ def exact_bf16() -> Iterator[None]:
         "create_fp_to_fp": lambda self, x, dtype, rounding_mode: self.cast_impl(x, dtype), "create_dot": _dot,
     }  # fmt: skip
     before = {name: getattr(InterpreterBuilder, name) for name in patches}
-    allow = getattr(dispatch, "interpreter_computes_bfloat16", lambda right: None)
     try:
         interpreter._get_np_dtype = _numpy_dtype
         for name, patch in patches.items():
             setattr(InterpreterBuilder, name, patch)
-        allow(True)
+        dispatch.interpreter_computes_bfloat16(True)
         yield
     finally:
-        allow(False)
+        dispatch.interpreter_computes_bfloat16(False)
         interpreter._get_np_dtype = _numpy_dtype_before
         for name, original in before.items():
             setattr(InterpreterBuilder, name, original)
