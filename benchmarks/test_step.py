@@ -1,4 +1,4 @@
-"""One REFINE step beside one SFT step, and beside the paper's own way of taking it.
+"""One REFINE step beside one SFT step, and beside full-prefix recomputation.
 
 c = 8, k = 5, batch 1; DeltaNet hidden 256, 4 layers, 4 heads of 64, vocabulary 4096, float32. Forward and
 backward, no optimizer. ``python -m benchmarks.step_cost`` has more lengths, positions and models.
@@ -27,7 +27,9 @@ def check() -> None:
 
 
 @pytest.mark.benchmark(group=f"step, T={TOKENS}, c=8, k=5")
-@pytest.mark.parametrize("way", ["sft", "shared_prefix"])  # the paper's way takes turns with SFT below
+@pytest.mark.parametrize(
+    "way", ["sft", "shared_prefix"]
+)  # full-prefix recomputation takes turns with SFT below
 def test_step(benchmark, way):
     check()
     benchmark.pedantic(step_cost.steps(TOKENS)[way], rounds=3, iterations=1, warmup_rounds=1)
@@ -46,7 +48,7 @@ def test_over_sft(benchmark, way, tokens, note, visit):
     at["shared_prefix"]()  # takes what memory both will use
     ways, limits = (at[way], at["sft"]), {"least": 2, "most": 6, "budget": 6, "warm_up": False}
     found = benchmark.pedantic(paired_ratio, ways, limits, rounds=1, iterations=1)
-    name = {"shared_prefix": "REFINE step", "per_prefix": "the paper's way"}[way]
+    name = {"shared_prefix": "REFINE step", "per_prefix": "full-prefix recomputation"}[way]
     add_ratio(f"{name}, c=8, k=5, T={tokens}", "SFT step", found, note)
 
 

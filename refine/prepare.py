@@ -107,6 +107,7 @@ def load_model_and_tokenizer(
         raise SettingsError(
             f"the model {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
+    _align(model)
     if name := first_not_finite(dict(model.named_parameters())):
         raise SettingsError(f"{path}: the weights are not finite ({name})")
     tokenizer = _load_tokenizer(chosen.tokenizer_name_or_path or path)
@@ -183,6 +184,15 @@ def data_config(settings: Any) -> DataConfig:
     """The part of the settings that says what to read and how to cut it."""
     names = {f.name for f in dataclasses.fields(DataConfig)}
     return DataConfig(**{name: getattr(settings, name) for name in names if hasattr(settings, name)})
+
+
+@torch.no_grad()
+def _align(model: torch.nn.Module) -> None:
+    """Copy parameters out of the mapped file. There they lie at addresses that the length of the file's header
+    decides, and CPU kernels round differently at other alignments: a resumed run would not be the run, bit for bit.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def _check_readable(folder: Path) -> None:

@@ -118,6 +118,7 @@ class _Run:
             False  # the weights are amid an update: the optimizer has begun, the counters have not moved
         )
         self.rotation_is_due = False
+        self.has_gradient = True  # in the last update
         self.tracker: Tracker | None = None
 
     def go(self) -> Path:
@@ -263,6 +264,7 @@ class _Run:
         self.schedule.step()
         counters["tokens"] += metrics["tokens"]
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["skipped"] else 0
+        self.has_gradient = metrics["grad_norm"] != 0
         counters["skipped"] += metrics["skipped"]
         metrics |= {
             "learning_rate": self.schedule.get_last_lr()[0],
@@ -358,6 +360,10 @@ class _Run:
         self.close()
         if self.tracker is not None:
             plots = self._draw()
+            if not self.has_gradient:
+                print(
+                    "the last gradient was 0: has the model collapsed? Look at the loss, and at learning_rate"
+                )
             seconds = time.perf_counter() - self.started
             print_report(self.folder.path, before, after, self.counters, self.stream.counts, plots, seconds)
         return final

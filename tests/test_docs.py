@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "refine_kernels").rglob("*.md")]
-RUN = ("README.md", "docs/clients.md", "docs/extending.md", "docs/method.md")
+RUN = ("README.md", "docs/clients.md", "docs/prompt_once.md", "docs/extending.md", "docs/method.md")
 TINY = ROOT / "refine" / "assets" / "tiny-delta-net"
 
 

@@ -52,8 +52,8 @@ RULER_WORDING = Wording(
 WORDINGS = {
     RULER_WORDING: 4,
     Wording("The {kind} of the {key} is {value}.", "What is the {kind} of the {key}? It is", joint=" "): 1,
-    Wording("{key}: {value}", "{key}:"): 1,
-    Wording("{key} = {value}", "assert {key} ==", joint="_"): 1,
+    Wording("{key}: {value}", "{key}:"): 3,
+    Wording("{key} = {value}", "assert {key} ==", joint="_"): 2,
     Wording(
         "Remember that {key} goes with the {kind} {value}.",
         "Question: which {kind} goes with {key}? Answer:",
@@ -72,7 +72,7 @@ HELD_OUT_WORDING = Wording(
     "The ticket of {key} carries the {kind} {value}.",
     "Which {kind} does the ticket of {key} carry? It carries the {kind}",
 )
-HAYSTACKS = {"none": 3, "noise": 4, "prose": 6, "code": 2}
+HAYSTACKS = {"none": 6, "noise": 3, "prose": 5, "code": 1}  # how often each is drawn
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."  # RULER's
 
 
@@ -179,7 +179,7 @@ def _draw_facts(rng, wording: Wording, kind: str, size: int) -> list[_Fact]:
     """``size`` facts of which no two share a key or a value."""
     vocabulary = key_words()
     words = rng.choices([1, 2], [1, 3])[0]
-    digits = 7 if rng.random() < 0.6 else rng.randint(1, 6)
+    digits = 7 if rng.random() < 0.7 else rng.randint(1, 6)
     distinct = rng.random() < 0.3
     facts: dict[str, _Fact] = {}
     values: set[str] = set()

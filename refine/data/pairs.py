@@ -330,4 +330,4 @@ def _collate(pairs: list[Pair], pad_id: int) -> PairBatch:
     for row, pair in enumerate(pairs):
         first = len(pair.prompt) - 1  # the prompt's last position predicts the answer's first token
         targets[row, first : first + len(pair.answer)] = torch.from_numpy(pair.answer).long()
-    return PairBatch(*prompts, full.input_ids, targets)
+    return PairBatch(*prompts[:3], full.input_ids, targets)

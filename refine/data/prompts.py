@@ -144,4 +144,5 @@ def _collate(prompts: list[Prompt], pad_id: int) -> PromptBatch:
     padded = collate([Example(prompt.key, prompt.ids) for prompt in prompts], pad_id)
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
     columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-    return PromptBatch(*padded, [prompt.text for prompt in prompts], columns)
+    texts = [prompt.text for prompt in prompts]
+    return PromptBatch(padded.input_ids, padded.attention_mask, padded.keys, texts, columns)

@@ -19,6 +19,7 @@ from refine.data.document import BadRow, DataError, Document
 from refine.data.needles import Count, needle_document
 from refine.data.recall_documents import recall_document
 from refine.data.rows import INSTALL, STRETCH, JsonLines, Parquet, first_line
+from refine.plugins import find_function
 
 _SAMPLE = 16  # rows that are looked at to find the text column
 _HELD_OUT_RECALL = 64
@@ -45,7 +46,8 @@ def open_source(
     dataset_config: str | None = None,
     dataset_split: str = "train",
 ) -> Source:
-    """The local file, the folder (with its subfolders) or the hub dataset that ``value`` names."""
+    """The local file, the folder (with its subfolders), the function (``module:function``) or the hub dataset that
+    ``value`` names."""
     path, columns = Path(value).expanduser(), Columns(text_column, answers_column)
     allowed = ", ".join(_FILES)
     if path.is_dir():
@@ -66,6 +68,8 @@ def open_source(
         return _open_file(path, path.name, columns)
     if suffix in {*_FILES, ".json", ".csv", ".gz", ".zst"} or value[:1] in "./~" or value.count("/") > 1:
         raise DataError(f"{setting} is {value!r}, but there is no such file or folder")
+    if ":" in value:
+        return FunctionText(value, setting, columns)
     return HubDataset(value, setting, columns, dataset_config, dataset_split)
 
 
@@ -106,6 +110,36 @@ class NeedleText:
     def rows(self, unit: int, start: int) -> Iterator[Document]:
         if start == 0:
             yield needle_document(self._seed, unit, self._tokens, self._count, self._split)
+
+
+class FunctionText:
+    """Texts of the user's own: what ``module:function`` returns, one a unit.
+
+    The function takes no argument and returns a sequence (``len`` and indexing, so a list, a ``datasets.Dataset``
+    or a class that reads on demand) of texts or of rows with columns, the same at every call.
+    """
+
+    def __init__(self, value: str, setting: str, columns: Columns):
+        self.name, self.files = value, []
+        try:
+            self._texts = find_function(setting, value, {})()
+            self.units = len(self._texts)
+            rows = [self._row(number) for number in range(min(self.units, _SAMPLE))]
+        except Exception as error:  # the user's own code: whatever it raises is about this setting
+            raise DataError(
+                f"{setting} {value!r} must return a sequence of texts or rows: {first_line(error)}"
+            ) from error
+        if not rows:
+            raise DataError(f"{setting} {value!r} returned no text")
+        self._reader = _RowReader(columns, rows, value, value)
+
+    def _row(self, number: int) -> dict[str, Any]:
+        row = self._texts[number]
+        return {"text": row} if isinstance(row, str) else dict(row)
+
+    def rows(self, unit: int, start: int) -> Iterator[Document | BadRow]:
+        if start == 0:
+            yield self._reader.read(self._row(unit), f"#{unit}", lambda: f"{self.name}, text {unit}")
 
 
 class TextFile:

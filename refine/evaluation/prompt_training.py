@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from refine.data.document import stable_hash
-from refine.method import RefineConfig
+from refine.method import RefineConfig, refine_step
 from refine.prepare import OptimizerSettings
-from refine.training.losses import refine_loss, sequence_loss
+from refine.training.losses import sequence_loss
 from refine.training.update import adamw, apply_update
+from refine_kernels.linear_logprob import mix_seeds
 
 KINDS = ("refine", "sft", "none")
 RESTORES = ("sample", "batch", "never")
@@ -113,7 +114,8 @@ class PromptTrainer:
         input_ids = torch.from_numpy(prompt.astype(np.int64))[None].to(device)  # [1, P]
         if self.kind == "refine":
             keys = torch.tensor([stable_hash(key) - 2**63], device=device)
-            return refine_loss(self.model, input_ids, self.config, keys=keys, seed=self.seed, step=step).loss
+            seeds = mix_seeds(self.seed, step, keys)
+            return refine_step(self.model, input_ids, self.config, seeds=seeds).loss
         return sequence_loss(self.model, input_ids, torch.ones_like(input_ids), self.config.segment_length)
 
 

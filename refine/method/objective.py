@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refine.method.plugins import find_function
+from refine.plugins import find_function
 
 if TYPE_CHECKING:
     from refine.method.config import RefineConfig

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from refine.method.plugins import find_function
+from refine.plugins import find_function
 
 DISCOUNT = 0.8  # gamma of discounted_cosine: the fifth token weighs 0.41 of the first
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from refine.method.plugins import find_function
 from refine.method.seeds import Stream, uniform
+from refine.plugins import find_function
 
 if TYPE_CHECKING:
     from refine.method.config import RefineConfig

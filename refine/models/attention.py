@@ -8,6 +8,7 @@ state goes through :func:`~refine.models.prefix_attention.prefix_attention`, whi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,8 @@ class FullAttention(nn.Module):
         rotary: how positions are told; None: they are not.
         gated: ``q_proj`` gives a gate beside each head's query; the output is multiplied by its sigmoid.
     """
+
+    takes_cu_seqlens: ClassVar[bool] = True
 
     def __init__(self, config, rotary: Rotary | None, gated: bool):
         super().__init__()

@@ -26,7 +26,7 @@ def _fla(module: str, name: str) -> Callable:
     Its import registers its own models for our model types; ours are put back.
     """
     function = getattr(importlib.import_module(f"fla.modules.{module}"), name)
-    register_auto_classes()
+    register_auto_classes(quiet=True)
     return function
 
 

@@ -5,7 +5,7 @@ from the configuration and its ``forward(x, state, layout, use_cache, state_stri
 hidden], the new state (None without ``use_cache``) and the trace (None without ``state_stride``), both of its own
 kind (see :mod:`refine.models.state`). ``x`` [B, T, hidden] begins with the first token of every row;
 ``layout`` (:class:`~refine.models.layout.BatchLayout`) says how much of a row is read, or where its documents
-begin.
+begin. A mixer that reads packed rows right says so by ``takes_cu_seqlens = True``; no other is given any.
 """
 
 from __future__ import annotations
@@ -125,6 +125,13 @@ class FastWeightModel(FastWeightPreTrainedModel):
             )
         return self.mixers[kind](config)
 
+    def _check_packed(self) -> None:
+        """Whether every layer's mixer says that it reads packed documents."""
+        kinds = (self.mixers[kind] for kind in self.config.mixer_types)
+        missing = sorted({kind.__name__ for kind in kinds if not getattr(kind, "takes_cu_seqlens", False)})
+        if missing:
+            raise ValueError(f"{', '.join(missing)} does not say takes_cu_seqlens: give one document a row")
+
     def init_weights(self) -> None:
         """Draw the weights, unless a model around this one draws all at once."""
         if not _drawn_outside.get():
@@ -202,6 +209,8 @@ class FastWeightModel(FastWeightPreTrainedModel):
         embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         position = None if state is None else state.position
         placed = place((batch, tokens), attention_mask, packing, position, embeds.device)
+        if placed.layout.packed:
+            self._check_packed()
         rows = placed.take_in(embeds)
         check_state(state, len(self.layers), rows, placed.layout)
 

@@ -46,6 +46,12 @@ class FastWeightConfig(PretrainedConfig):
     layer_type: ClassVar[str] = "linear_attention"
     auto_map: ClassVar[dict] = {}  # no code of its own travels with a checkpoint; TRL looks here
 
+    def __init_subclass__(cls, **kwargs):
+        # transformers makes a dataclass of every subclass, whose __init__ would replace an inherited one
+        if "__init__" not in vars(cls):
+            cls.__init__ = cls.__init__
+        super().__init_subclass__(**kwargs)
+
     def __init__(
         self,
         vocab_size: int = 32000,

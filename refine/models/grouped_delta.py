@@ -10,6 +10,7 @@ of the convolution. The families differ in how the projections are named and pac
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,8 @@ class JointConvolution(ShortConvolution):
 
 class GroupedGatedDelta(nn.Module):
     """One token mixer. A family's subclass makes the projections and packs them its way (:meth:`_project`)."""
+
+    takes_cu_seqlens: ClassVar[bool] = True
 
     def __init__(self, config, beta_scale: float = 1.0, norm_eps: float | None = None):
         super().__init__()

@@ -19,6 +19,7 @@ from refine.models.blocks import RMSNorm, is_loaded
 from refine.models.body import FastWeightModel
 from refine.models.causal_lm import FastWeightForCausalLM
 from refine.models.config import FastWeightConfig
+from refine.models.lact_groups import LaCTGroups, LaCTGroupsTrace, into_packed, places, row_groups
 from refine.models.lact_state import LaCTLayerState, LaCTMemory, LaCTSettings, LaCTTokens, LaCTTrace
 from refine.models.layout import PLAIN, BatchLayout
 from refine.models.registry import register_model
@@ -186,9 +187,10 @@ class LaCTAttention(nn.Module):
         use_cache: bool = False,
         state_stride: int | None = None,  # a trace is wanted; its states are one a chunk whatever the number
     ) -> tuple[torch.Tensor, LaCTLayerState | None, LaCTTrace | None]:
-        if layout.packed and state is not None:
-            y, after, trace = self(layout.to_rows(x), state, layout.as_rows(), use_cache, state_stride)
-            return layout.to_packed(y), after, trace
+        if layout.packed:
+            return self._read_packed(x, state, layout, use_cache, state_stride)
+        if isinstance(state, LaCTGroups):
+            return self._read_groups(x, state, layout, use_cache, state_stride)
         read = layout.tokens_read(x)  # [N]
         start = torch.zeros_like(read) if state is None else state.position
         q, fast_q, new = self._project(x, layout.positions(x, start))
@@ -200,20 +202,54 @@ class LaCTAttention(nn.Module):
             return self._merge(x, attended, o), after if use_cache else None, None
 
         state = None if state is None else state.settle()
-        if layout.packed:  # projections and MLP have no padding; window and chunks see one document a row
-            q, fast_q, new = layout.to_rows(q), layout.to_rows(fast_q, 2), new.map(layout.to_rows)
         if state is None or bool((start == start[0]).all()):
             attended, o, trace = self._read_sequences(q, fast_q, new, state, start)
         elif state_stride is None:
             return self._read_apart(x, state, layout, use_cache)
         else:
             raise ValueError("state_stride needs rows that have read equally many tokens")
-        if layout.packed:
-            attended, o = layout.to_packed(attended), layout.to_packed(o, 2)
         after = None
         if use_cache:
             after = trace.gather(torch.arange(len(read), device=x.device), read).settle()
         return self._merge(x, attended, o), after, trace if state_stride is not None else None
+
+    def _read_packed(self, x, state, layout: BatchLayout, use_cache, state_stride):
+        """Packed documents: projections have no padding; window and chunks see one document a row."""
+        if state is not None:
+            y, after, trace = self(layout.to_rows(x), state, layout.as_rows(), use_cache, state_stride)
+            return layout.to_packed(y), after, trace
+        start = torch.zeros_like(layout.document_lengths)
+        q, fast_q, new = self._project(x, layout.positions(x, start))
+        groups, outputs = row_groups(layout), []
+        for group in groups:
+            alike = start[group.documents]
+            rows = group.rows(q), group.rows(fast_q, 2), new.map(group.rows)
+            outputs.append(self._read_sequences(*rows, None, alike))
+        attended, o, traces = (list(column) for column in zip(*outputs))
+        where = places([group.documents for group in groups])
+        after = trace = None
+        if use_cache:
+            counts = [layout.document_lengths[group.documents] for group in groups]
+            ends = (t.gather(torch.arange(len(n), device=n.device), n) for t, n in zip(traces, counts))
+            after = LaCTGroups([state.settle() for state in ends], *where)
+        if state_stride is not None:
+            trace = LaCTGroupsTrace(traces, *where)
+        y = self._merge(x, into_packed(groups, attended), into_packed(groups, o, 2))
+        return y, after, trace
+
+    def _read_groups(self, x, state: LaCTGroups, layout: BatchLayout, use_cache, state_stride):
+        """Rows whose states lie in several memories: those of one memory go together."""
+        if state_stride is not None:
+            raise ValueError("state_stride needs rows that have read equally many tokens")
+        order, outputs, parts = [], [], []
+        for rows, part in state.split():
+            alike = PLAIN if layout.lengths is None else BatchLayout(layout.lengths[rows])
+            y, after, _ = self(x[rows], part, alike, use_cache)
+            order.append(rows)
+            outputs.append(y)
+            parts.append(after)
+        y = torch.cat(outputs)[torch.cat(order).argsort()]
+        return y, LaCTGroups(parts, *places(order)) if use_cache else None, None
 
     def _read_sequences(self, q, fast_q, new, state, start) -> tuple[torch.Tensor, torch.Tensor, LaCTTrace]:
         """Whole sequences of T tokens, from the start or from states that have read equally many tokens."""

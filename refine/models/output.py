@@ -6,13 +6,25 @@ renames the old name wherever an output is written. Both can be read here, under
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import dataclass, fields
 
 import torch
+from packaging.version import Version
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
 from refine.models.state import FastWeightState, StateTrace
+
+OLDEST, BEYOND = (5, 17), (6, 0)  # releases of transformers that states pass through unharmed
+
+INSTALLED = importlib.metadata.version("transformers")
+
+if not OLDEST <= Version(INSTALLED).release[:2] < BEYOND:
+    raise ImportError(
+        f"refine needs transformers 5.17 or newer and older than 6, found {INSTALLED}: "
+        "pip install 'transformers>=5.17,<6'"
+    )
 
 CACHE_NAME = (
     "cache" if any(f.name == "cache" for f in fields(GenerateDecoderOnlyOutput)) else "past_key_values"

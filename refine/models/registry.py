@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
@@ -77,22 +79,42 @@ def registered_class(model_type: str) -> str:
     flash-linear-attention registers classes of its own for ``delta_net`` and ``gated_deltanet`` when ``fla.models``
     is imported; whichever of the two packages is imported last owns the auto classes. ``refine.load_model`` and
     this project's own classes load ours in any order; :func:`register_auto_classes` puts ours back.
-    """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    model_class = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[model_type]]
+    Raises:
+        ValueError: no class is registered for the type.
+    """
+    model_class = _registered(model_type)
+    if model_class is None:
+        raise ValueError(f"model_type {model_type!r} is not registered with AutoModelForCausalLM")
     return f"{model_class.__module__}.{model_class.__name__}"
 
 
-def register_auto_classes() -> None:
-    """Make ``transformers``' auto classes load these models, also after another package has taken their types."""
+def _registered(model_type: str) -> type | None:
+    if model_type not in CONFIG_MAPPING:
+        return None
+    return AutoModelForCausalLM._model_mapping.get(CONFIG_MAPPING[model_type], None)
+
+
+def register_auto_classes(quiet: bool = False) -> None:
+    """Make ``transformers``' auto classes load these models, also after another package has taken their types.
+
+    Args:
+        quiet: do not warn where a class of another package is replaced.
+    """
     for entry in ENTRIES.values():
         if entry.auto:
-            _register_auto_classes(entry.model_class)
+            _register_auto_classes(entry.model_class, quiet)
 
 
-def _register_auto_classes(model_class: type[PreTrainedModel]) -> None:
+def _register_auto_classes(model_class: type[PreTrainedModel], quiet: bool = False) -> None:
     config_class = model_class.config_class
+    other = _registered(config_class.model_type)
+    if other is not None and other is not model_class and not quiet:
+        warnings.warn(
+            f"AutoModelForCausalLM now loads {model_class.__module__}.{model_class.__name__} for model_type "
+            f"{config_class.model_type!r}, in the place of {other.__module__}.{other.__name__}",
+            stacklevel=4,
+        )
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, model_class.body_class, exist_ok=True)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The losses that training and test-time training take from the method: their only calls to it."""
+"""Next-token losses, of whole sequences and of targets of one's own."""
 
 from __future__ import annotations
 
@@ -7,42 +7,9 @@ import torch
 from refine.method import (
     ContextParallel,
     LabelledTokens,
-    RefineConfig,
-    RefineStepOutput,
     Sequences,
     next_token_loss,
-    refine_step,
 )
-from refine_kernels.linear_logprob import mix_seeds
-
-
-def refine_loss(
-    model: torch.nn.Module,
-    input_ids: torch.Tensor,  # [B, T]
-    config: RefineConfig,
-    *,
-    attention_mask: torch.Tensor | None = None,  # [B, T]
-    keys: torch.Tensor,  # [B] int64
-    seed: int,
-    step: int,
-    draw: RefineStepOutput | None = None,
-    context: ContextParallel | None = None,
-    reference: torch.nn.Module | None = None,
-) -> RefineStepOutput:
-    """A REFINE step whose draws follow from the run's seed, the step and each sequence's key alone; with ``draw``
-    the rollouts are those of an earlier policy."""
-    seeds = mix_seeds(seed, step, keys)
-    rollouts = None if draw is None else draw.drawn
-    return refine_step(
-        model,
-        input_ids,
-        config,
-        attention_mask=attention_mask,
-        seeds=seeds,
-        rollouts=rollouts,
-        context=context,
-        reference=reference,
-    )
 
 
 def sequence_loss(

@@ -39,7 +39,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
@@ -76,7 +76,7 @@ class World:
         return (0, 1) if self.mode == "context" else (self.rank, self.size)
 
     @property
-    def relay(self) -> ContextParallel | None:
+    def context(self) -> ContextParallel | None:
         """How this process hands a document on, where processes share documents."""
         return ContextParallel(self.rank, self.size) if self.mode == "context" and self.size > 1 else None
 

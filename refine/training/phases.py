@@ -17,13 +17,14 @@ from refine.data.pairs import PairBatch, PairColumns, PairStream, held_out_pairs
 from refine.data.prompts import PromptBatch, held_out_prompts, training_prompts
 from refine.data.stream import Batch, DataStream, held_out_stream, training_stream
 from refine.evaluation.held_out import evaluate_held_out
-from refine.method import RefineStepOutput, next_token_targets
+from refine.method import RefineStepOutput, next_token_targets, refine_step
 from refine.prepare import data_config
 from refine.training.group_phase import GroupPhase, load_reference
-from refine.training.losses import refine_loss, sequence_loss, target_loss
+from refine.training.losses import sequence_loss, target_loss
 from refine.training.parallel import World
 from refine.training.settings import TrainSettings
 from refine.training.update import apply_update
+from refine_kernels.linear_logprob import mix_seeds
 
 Draws = list[RefineStepOutput | None]  # one a micro-batch; None: rollouts are drawn in the update itself
 
@@ -119,9 +120,12 @@ class Phase:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.settings.bf16)
 
     def _refine(self, batch: Batch, step: int, draw=None, context=None) -> RefineStepOutput:
-        return refine_loss(
-            self.model, batch.input_ids, self.settings, attention_mask=batch.attention_mask, keys=batch.keys,
-            seed=self.settings.seed, step=step, draw=draw, context=context, reference=self.reference,
+        """A REFINE step; its draws follow from the run's seed, the step and each sequence's key alone. ``draw``:
+        the rollouts of an earlier policy."""
+        return refine_step(
+            self.model, batch.input_ids, self.settings, attention_mask=batch.attention_mask,
+            seeds=mix_seeds(self.settings.seed, step, batch.keys), rollouts=draw.drawn if draw else None,
+            context=context, reference=self.reference,
         )  # fmt: skip
 
     def _update_on_text(
@@ -138,11 +142,11 @@ class Phase:
                 found = {"loss": loss, "ntp_loss": loss}
             elif self.on_text == "sft":
                 loss = sequence_loss(
-                    self.model, batch.input_ids, batch.attention_mask, settings.segment_length, world.relay
+                    self.model, batch.input_ids, batch.attention_mask, settings.segment_length, world.context
                 )
                 found = {"loss": loss, "ntp_loss": loss}
             else:
-                output = self._refine(batch, step, draw, world.relay)
+                output = self._refine(batch, step, draw, world.context)
                 loss, found = output.loss, _measures(output, batch)
             return loss / count, {name: value.detach() / count for name, value in found.items()}
 
@@ -154,7 +158,7 @@ class Phase:
             bf16=self.settings.bf16, world=world,
         )  # fmt: skip
         tokens, skipped = sum(int(batch.attention_mask.sum()) for batch in mini_batch), metrics.pop("skipped")
-        tokens = tokens if world.relay is not None else world.total(tokens)
+        tokens = tokens if world.context is not None else world.total(tokens)
         return metrics | {"tokens": tokens, "skipped": skipped}, output
 
     def _total_weight(self, mini_batch: list[Batch]) -> float:
@@ -167,7 +171,7 @@ class Phase:
         targets, _ = next_token_targets(batch.input_ids, batch.attention_mask.sum(1))
         weight = _weights(batch) / max(total, 1e-9)
         return target_loss(
-            self.model, batch.input_ids, targets, weight, self.settings.segment_length, self.world.relay
+            self.model, batch.input_ids, targets, weight, self.settings.segment_length, self.world.context
         )
 
     def _update_on_answers(self, mini_batch: list[PairBatch], metrics: dict[str, float]) -> dict[str, float]:

@@ -4,12 +4,14 @@ evaluation share in :mod:`refine.prepare`. Knows nothing of models, data or the 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, ClassVar
 
 from refine.data.curriculum import check_lengths
 from refine.method.config import RefineConfig
+from refine.models.registry import ENTRIES, resolve_type
 from refine.prepare import ModelSettings, NewModelSettings, OptimizerSettings, TextSettings
 from refine.settings import (
     SettingsError,
@@ -17,7 +19,6 @@ from refine.settings import (
     check_values,
     read_command_line,
     read_file,
-    read_mapping,
     read_yaml,
     setting,
 )
@@ -31,7 +32,7 @@ PARALLEL = ("none", "ddp", "fsdp2", "context")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 _ASSETS = resources.files("refine") / "assets"
 DEFAULT_JOB = _ASSETS / "default.yaml"
-TINY_MODELS = _ASSETS / "tiny_models.yaml"
+TINY_LEARNING_RATE = 1e-3  # of a small new model, where nothing else is said
 
 
 @dataclass(kw_only=True)
@@ -270,9 +271,19 @@ def parse_settings(arguments: list[str]) -> TrainSettings:
         merged["model_name_or_path"] = None
     if "model_name_or_path" in given and "model_type" not in given:
         merged |= {"model_type": None, "config_overrides": {}}
-    return build(TrainSettings, merged)
+    settings = build(TrainSettings, merged)
+    unsaid = [name for name in ("learning_rate", "max_length") if name not in merged]
+    if unsaid and os.environ.get("RANK", "0") == "0":  # of another model or file than the default job's
+        values = ", ".join(f"{name}={getattr(settings, name)}" for name in unsaid)
+        print(f"{values}: the paper's, as nothing else was said")
+    return settings
 
 
 def _tiny_model(model_type: str | None) -> dict[str, Any]:
-    """What the default job sets for a small new model of this type; nothing for an unknown one."""
-    return read_mapping(TrainSettings, read_yaml(TINY_MODELS).get(model_type, {}))
+    """What the default job sets for a small new model of a type: its registered small size, and a learning rate for
+    it. Nothing for an unknown type, which is refused where the model is made."""
+    try:
+        tiny = ENTRIES[resolve_type(model_type)].tiny
+    except ValueError:
+        return {}
+    return {"learning_rate": TINY_LEARNING_RATE, "config_overrides": dict(tiny)} if tiny else {}

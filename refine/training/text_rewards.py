@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from refine.method.plugins import find_function
+from refine.plugins import find_function
 
 
 class TextRewards:

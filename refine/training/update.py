@@ -64,8 +64,8 @@ def apply_update(
                 loss.backward()
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + value
-    if world.relay is not None:
-        world.relay.sum_gradients(model)
+    if world.context is not None:
+        world.context.sum_gradients(model)
     metrics = world.mean({name: float(value) for name, value in sums.items()})
     metrics["grad_norm"] = clip_gradients(model, max_grad_norm)
     finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])

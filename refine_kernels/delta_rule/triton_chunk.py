@@ -77,7 +77,7 @@ def forward(
         longest = q.shape[1] if cu_seqlens is None else int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
         most = -(-longest // state_stride)
     o = torch.empty_like(v)
-    new_states = torch.empty if cu_seqlens is None else torch.zeros  # some places are nobody's
+    new_states = torch.empty if cu_seqlens is None else torch.zeros  # some places belong to no sequence
     states = new_states(plan.rows, most, h, kd, vd, dtype=torch.float32, device=q.device)
     final_state = states.new_empty(plan.rows if output_final_state else 0, h, kd, vd)
     groups = checkpoint_count(v, cu_seqlens) if for_backward else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def text(tmp_path) -> Path:
 
 def test_every_example_is_short_and_tested():
     names = sorted(path.stem for path in EXAMPLES.glob("*.py"))
-    assert names == ["kernels_in_a_loop", "own_text", "trainer_lora", "trl_grpo"]
+    assert names == ["close_brackets", "kernels_in_a_loop", "own_text", "trainer_lora", "trl_grpo"]
     assert all(len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 80 for name in names)
 
 
@@ -40,6 +41,17 @@ def test_own_text(text, tmp_path, capsys):
     assert (folder / "model.safetensors").is_file()
     with pytest.raises(SystemExit, match="give a longer text"):
         example.main([str(text), "--length", "100000"])
+
+
+def test_close_brackets(tmp_path):
+    example = load("close_brackets")
+    prompts = ["x = (a, [b", "{key", "f = ((a, [b"]
+    assert example.closed(prompts, ["])", "x, }", "]) + 1}"]) == [1.0, 1.0, 2 / 3]
+    assert example.closed(prompts, [")]", "(})", "a"]) == [0.0, 0.0, 0.0]
+    assert example.main(["--output_dir", str(tmp_path / "run"), "--max_steps", "2"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rewards = [line["eval_reward"] for line in lines if "eval_reward" in line]
+    assert len(rewards) == 2 and all(0 <= reward <= 1 for reward in rewards)
 
 
 def test_kernels_in_a_loop():

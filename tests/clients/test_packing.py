@@ -175,6 +175,14 @@ def test_bounds_that_do_not_fit_are_refused(arguments, message):
         tiny_model()(torch.zeros(1, 12, dtype=torch.int64), **arguments)
 
 
+def test_a_mixer_that_does_not_say_it_reads_packed_rows_is_given_none(monkeypatch):
+    model, ids = tiny_model(), torch.zeros(1, 12, dtype=torch.int64)
+    monkeypatch.delattr(type(model.model.layers[0].attn), "takes_cu_seqlens")
+    with pytest.raises(ValueError, match="DeltaNetAttention does not say takes_cu_seqlens"):
+        model(ids, cu_seqlens=[0, 6, 12])
+    model(ids)
+
+
 def test_other_misfits_of_packed_rows_are_refused():
     model, ids = tiny_model(), torch.zeros(2, 12, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"input_ids must be \[1, T\], got \[2, 12\]"):

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 import refine
-from refine.models import FastWeightState, new_model, register_auto_classes, registered_class
+from refine.models import (
+    MODELS,
+    DeltaNetConfig,
+    FastWeightState,
+    new_model,
+    output,
+    register_auto_classes,
+    register_model,
+    registered_class,
+)
+from refine.models.body import FastWeightModel
+from refine.models.causal_lm import FastWeightForCausalLM
+from refine.models.delta_net import DeltaNetAttention
+from refine.models.registry import ENTRIES
+from refine.models.state import float_tensors
 from tests.clients.families import FAMILIES, tiny_model
 from tests.numerics import assert_close
 from tests.refine import tiny
@@ -69,6 +88,20 @@ def test_a_state_is_a_cache_that_is_never_written():
         model(ids, past_key_values=twice)
     with pytest.raises(ValueError, match="not both"):
         model(ids, past_key_values=twice, cache=empty.select(torch.arange(0)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_state_says_whether_it_grows(family):
+    """Those of fixed size take the same memory after 40 tokens and after 200; keys and values grow."""
+    model, sizes = tiny_model(family).eval(), []
+    for tokens in (40, 200):
+        with torch.no_grad():
+            state = model(ids_of(1, tokens), use_cache=True).past_key_values
+            state = model(ids_of(1, 40), past_key_values=state, use_cache=True).past_key_values
+        sizes.append(sum(x.numel() for x in float_tensors(state)))
+    # LaCT's open chunk holds up to 32 tokens
+    assert (sizes[1] <= sizes[0] * 1.3) == state.fixed_size
+    assert state.fixed_size == (family in tiny.FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -289,6 +322,69 @@ def test_auto_classes_load_ours_and_say_which(family, tmp_path):
     body = AutoModel.from_pretrained(tmp_path).eval()
     ids = ids_of(1, 5)
     assert torch.equal(body(ids).last_hidden_state, model(ids).last_hidden_state)
+
+
+def test_with_fla_ours_load_and_it_is_said_which(tmp_path):
+    """flash-linear-attention registers classes of its own for two of our types when its models are imported."""
+    if importlib.util.find_spec("fla") is None:
+        pytest.skip("flash-linear-attention is not installed")
+    tiny_model(dtype=torch.float32).save_pretrained(tmp_path)
+    code = f"""
+import warnings
+import refine.models, fla.models
+from transformers import AutoModelForCausalLM
+assert refine.models.registered_class("delta_net").startswith("fla.")
+assert type(refine.models.load_model({str(tmp_path)!r})).__module__ == "refine.models.delta_net"
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    refine.models.register_auto_classes()  # as an import of refine after fla does
+assert len(told) == 2 and "in the place of fla.models.delta_net" in str(told[0].message), told
+assert refine.models.registered_class("delta_net") == "refine.models.delta_net.DeltaNetForCausalLM"
+assert type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__module__ == "refine.models.delta_net"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("version", ["5.16.4", "6.0.0"])
+def test_releases_outside_the_range_are_refused_at_import(version, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    with pytest.raises(ImportError, match=f"transformers 5.17 or newer and older than 6, found {version}"):
+        exec(Path(output.__file__).read_text(), {"__name__": "refine.models.output"})
+
+
+def test_a_model_of_ones_own_is_one_file_and_its_registration(tmp_path):
+    class OwnConfig(DeltaNetConfig):
+        model_type = "own_delta_net"
+        layer_type = "own"
+
+    class OwnModel(FastWeightModel):
+        config_class = OwnConfig
+        mixers = {"own": DeltaNetAttention, "linear_attention": DeltaNetAttention}  # noqa: RUF012
+
+    @register_model("own", tiny={"hidden_size": 8})
+    class OwnForCausalLM(FastWeightForCausalLM):
+        config_class = OwnConfig
+        body_class = OwnModel
+
+    try:
+        settings = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 2, "vocab_size": 30}
+        model = new_model("own", **settings).eval()
+        model.save_pretrained(tmp_path)
+        ids = torch.randint(30, (1, 90))
+        for loaded in (refine.load_model(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+            assert type(loaded) is OwnForCausalLM
+            assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+        refine.refine_step(model, ids, refine.RefineConfig(num_chunks=2)).loss.backward()
+        config = OwnConfig(**settings)
+        config.layer_types = ["own", "mamba"]
+        with pytest.raises(
+            ValueError, match=r"layer_types\[1\] must be one of linear_attention, own, got 'mamba'"
+        ):
+            OwnForCausalLM(config)
+    finally:
+        for table in (ENTRIES, MODELS):
+            table.pop("own_delta_net")
 
 
 def test_ours_load_after_another_package_has_taken_their_types(tmp_path):

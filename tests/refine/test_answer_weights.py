@@ -16,6 +16,8 @@ from refine.data.needles import HELD_OUT_WORDING, RULER_WORDING, WORDINGS, key_w
 from refine.data.recall_documents import recall_document
 from refine.data.sources import find_answers
 from refine.data.stream import DataConfig, Encoder, held_out_stream, training_stream
+from refine.evaluation.generation import generate_greedy
+from refine.evaluation.recall import answered_greedily, questions_of_recall
 from refine.evaluation.tasks.niah import NEEDLE, NIAH_TASKS, Draw, write_prompt
 from refine.models import load_model
 from refine.prepare import packaged_model
@@ -332,3 +334,42 @@ def test_a_run_with_all_of_it(rows, tmp_path):
     assert [line["loss"] for line in again if line["step"] == 4 and "loss" in line] == [
         line["loss"] for line in lines if line["step"] == 4 and "loss" in line
     ]
+
+
+# --- What a run asks its model
+
+
+def test_answered_greedily_is_what_greedy_decoding_says(tokenizer):
+    model = load_model(packaged_model()).eval()
+    rows = questions_of_recall(tokenizer, 300, 3)
+    assert set(rows) == {"niah_single_1", "niah_single_2", "recall"}
+    for name, own in rows.items():
+        longest = 300 if name != "recall" else 600  # its documents are only about as long
+        assert len(own) == 3 and all(100 < len(prompt) + len(answer) <= longest for prompt, answer in own)
+        said = [generate_greedy(model, [prompt], len(answer))[0] for prompt, answer in own]
+        asked = own + [(prompt, words) for (prompt, _), words in zip(own, said)]
+        right = [words == list(answer) for (_, answer), words in zip(own, said)]
+        assert answered_greedily(model, asked) == right + [True] * 3
+
+
+def test_a_run_reports_needles_and_recall(rows, tmp_path, capsys):
+    arguments = [
+        "--phase", "sft", "--model_name_or_path", str(packaged_model()), "--dataset_name_or_path", "needles",
+        "--max_length", "200", "--max_steps", "1", "--eval_samples", "1", "--recall_samples", "2",
+        "--output_dir", str(tmp_path / "run"),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    for name in ("needles found in noise", "needles found in prose", "recall questions answered"):
+        assert name in said
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "eval_niah_single_1" in line]
+    assert [line["step"] for line in measured] == [0, 1]
+    assert all(line["eval_recall"] in (0, 0.5, 1) for line in measured)
+    assert (
+        main(
+            [*arguments[:6], "--max_length", "80", "--num_chunks", "2", *arguments[8:-1], str(tmp_path / "b")]
+        )
+        == 2
+    )
+    assert "recall_samples: length 80 is too short for niah_single_1" in capsys.readouterr().err

@@ -7,6 +7,8 @@ import torch
 
 from refine import branch_logprobs, generate_group
 from tests.numerics import assert_close, assert_gradients_close
+from tests.refine import hybrids
+from tests.refine.test_hybrid_step import exact_router
 from tests.refine.tiny import FAMILIES, VOCABULARY, tiny_model
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -62,8 +64,13 @@ def compare(model, group, tolerance, **options):
     assert_gradients_close(gradients(model, *found), gradients(model, *expected), tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize(("n", "tokens"), [(1, 1), (4, 1), (1, 5), (4, 5), (16, 5), (4, 70)])
+@pytest.mark.parametrize(
+    ("n", "tokens", "dtype"),
+    [
+        *((n, tokens, torch.float64) for n, tokens in ((1, 1), (4, 1), (1, 5), (4, 5), (4, 70))),
+        *((n, tokens, torch.float32) for n, tokens in ((1, 1), (16, 5), (4, 70))),
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_completions_equal_separate_reads(family, n, tokens, dtype):
     """Ragged on both sides; LaCT's chunks of 32 end inside prompts and completions."""
@@ -77,6 +84,14 @@ def test_long_completions_over_many_chunks(family):
     compare(model, make_group((33, 50), 2, 300), 1e-10, max_branches=3)
 
 
+@pytest.mark.parametrize("options", [{}, {"max_branches": 3, "segment_length": 64}], ids=str)
+@pytest.mark.parametrize("family", hybrids.FAMILIES)
+def test_hybrids_equal_separate_reads(family, options, monkeypatch):
+    """Attention layers have keys and values of their own."""
+    exact_router(monkeypatch)
+    compare(hybrids.hybrid(family), make_group((70, 41), 2, 9), 1e-10, **options)
+
+
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_padded_on_any_side(family, side):
@@ -85,8 +100,7 @@ def test_prompts_padded_on_any_side(family, side):
     compare(model, make_group(prompts, 3, 9, side), 1e-10)
 
 
-@pytest.mark.parametrize("segment_length", [64, 100, 500])
-@pytest.mark.parametrize("max_branches", [1, 4, 100])
+@pytest.mark.parametrize(("max_branches", "segment_length"), [(1, 100), (4, 64), (100, 500)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batches_of_branches_and_segments_change_nothing(family, max_branches, segment_length):
     """A prompt that ends in the first segment, on a border and in the last one."""

@@ -1,15 +1,20 @@
-"""Parts of one's own, from outside the package: a reward, a selection, an objective, each one function.
-
-(A data source and a model are registered in ``test_data.py`` and ``test_models.py``.)
-"""
+"""Parts of one's own, from outside the package: a reward, a selection, an objective, a data source, a model."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import pytest
 import torch
 
-from refine import RefineConfig, refine_step
+from refine import RefineConfig, load_model, refine_step
+from refine.data.document import DataError
+from refine.data.sources import open_source
 from refine.method.objective import policy_loss
+from refine.models import DeltaNetConfig, DeltaNetForCausalLM, new_model
+from refine.models.body import FastWeightModel
+from refine.models.delta_net import DeltaNetAttention
+from refine.models.registry import register_model
 from tests.numerics import assert_close
 from tests.refine.tiny import ragged_batch, tiny_model
 
@@ -115,3 +120,93 @@ def test_the_built_in_objective_is_open_to_others():
     logprobs = torch.randn(1, 2, 1, 4)
     loss, share = policy_loss(logprobs, logprobs, torch.ones(1, 2, 1), RefineConfig())
     assert loss == -1 and share == 0
+
+
+def documents():
+    """A data source: every text is a document; the second is no text."""
+    return [f"Document {number}: the grass is green, the sky is blue. " * 60 for number in range(8)]
+
+
+def rows_with_a_hole():
+    """A data source of rows."""
+    return [{"body": "text " * 50}, {"body": None}, {"body": "more " * 50}]
+
+
+def test_a_data_source_of_ones_own(tmp_path):
+    """It trains, with a checkpoint and held-out texts of its own."""
+    arguments = ["--dataset_name_or_path", f"{HERE}:documents", "--output_dir", str(tmp_path / "run")]
+    arguments += [
+        "--model_type",
+        "slow_net",
+        "--max_length",
+        "200",
+        "--max_steps",
+        "2",
+        "--eval_samples",
+        "1",
+    ]
+    arguments += ["--save_steps", "0", "--shuffle_buffer", "4", "--num_chunks", "2", "--eval_fraction", "0.3"]
+    from refine.train import main
+
+    assert main(arguments) == 0
+    assert isinstance(load_model(tmp_path / "run" / "final"), SlowNetForCausalLM)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 4  # before, two updates, after
+    source = open_source(f"{HERE}:rows_with_a_hole")
+    kinds = [type(row).__name__ for unit in range(3) for row in source.rows(unit, 0)]
+    assert source.units == 3 and kinds == ["Document", "BadRow", "Document"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (f"{HERE}:nothing", "dataset_name_or_path .* cannot be imported"),
+        (f"{HERE}:HERE", "must be a function"),
+        (f"{HERE}:middle", "must return a sequence of texts or rows"),
+        ("builtins:list", "returned no text"),
+    ],
+)
+def test_a_data_source_that_cannot_be_is_named(value, message):
+    with pytest.raises(DataError, match=message):
+        open_source(value)
+
+
+class SlowNetConfig(DeltaNetConfig):
+    """A model of one's own: DeltaNet with a tenth of the writing rate."""
+
+    model_type = "slow_net"
+
+
+class SlowAttention(DeltaNetAttention):
+    """Its mixer."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.beta_scale = 0.1
+
+
+class SlowNetModel(FastWeightModel):
+    """Its body."""
+
+    config_class = SlowNetConfig
+    mixers: ClassVar = {"linear_attention": SlowAttention}
+
+
+@register_model(tiny={"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 48})
+class SlowNetForCausalLM(DeltaNetForCausalLM):
+    """With a head."""
+
+    config_class = SlowNetConfig
+    body_class = SlowNetModel
+
+
+def test_a_model_of_ones_own():
+    """Found by its type; its state branches as the others' do."""
+    model = new_model("slow_net", vocab_size=53, hidden_size=24, num_hidden_layers=2, num_heads=2).double()
+    assert type(model) is SlowNetForCausalLM and model.model.layers[0].attn.beta_scale == 0.1
+    ids, mask = ragged_batch(130, 120)
+    given = {"attention_mask": mask, "seeds": torch.tensor([1, 2])}
+    shared = refine_step(model, ids, RefineConfig(num_chunks=3), **given)
+    slow = refine_step(model, ids, RefineConfig(num_chunks=3, step="per_prefix"), **given)
+    assert torch.equal(shared.rollouts, slow.rollouts)
+    assert_close(shared.loss, slow.loss, 1e-10)

@@ -19,7 +19,9 @@ from refine.training.phases import make_phase
 from refine.training.settings import TrainSettings, parse_settings
 from refine.training.text_rewards import TextRewards
 from refine.training.tracking import read_metrics
+from tests.numerics import assert_close
 from tests.refine.test_train import run, weights
+from tests.refine.test_train_parallel import SHORT, torchrun
 from tests.refine.tiny import ragged_batch, tiny_model
 
 HERE = "tests.refine.test_group_phase"
@@ -230,6 +232,23 @@ def test_a_resumed_run_is_the_same_run(prompt_file, tmp_path):
     assert run(parts, prompt_file, **changes, resume_from_checkpoint="auto") == 0
     for name, value in weights(whole / "final").items():
         assert torch.equal(weights(parts / "final")[name], value), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_processes_end_where_one_ends(prompt_file, tmp_path, parallel):
+    """A prompt in each process, or both in one: the same draws, rewards and updates; dapo's total is over both."""
+    changes = GRPO | SHORT | {"eval_samples": 0, "sample_steps": 0, "loss_type": "dapo", "max_branches": 2}
+    assert run(tmp_path / "alone", prompt_file, **changes | {"gradient_accumulation_steps": 2}) == 0
+    torchrun(tmp_path / parallel, prompt_file, **changes, parallel=parallel)
+    expected = weights(tmp_path / "alone" / "final")
+    for name, value in weights(tmp_path / parallel / "final").items():
+        assert_close(value, expected[name], 1e-4, name)
+    rewards = [
+        [line["reward"] for line in read_metrics(tmp_path / folder / "metrics.jsonl") if "reward" in line]
+        for folder in ("alone", parallel)
+    ]
+    assert rewards[0] == pytest.approx(rewards[1], rel=1e-5) and len(rewards[0]) == 4
 
 
 class Digits:

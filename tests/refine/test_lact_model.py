@@ -10,6 +10,7 @@ import torch
 
 import refine
 from refine.models import LaCTConfig, LaCTForCausalLM, new_model
+from refine.models import lact as lact_module
 from refine.models.lact import LaCTAttention
 from refine.models.window_attention import branch_attention, window_attention
 from tests.numerics import assert_close, relative_error
@@ -347,3 +348,18 @@ def test_the_short_name_makes_a_new_model():
     for a, b in zip(model.parameters(), again.parameters()):
         assert torch.equal(a, b) and torch.isfinite(a).all()
     assert model.model.layers[0].attn.lr_proj.bias.abs().sum() == 0
+
+
+def test_packed_documents_of_very_different_lengths_are_hardly_padded(monkeypatch):
+    """One long and many short documents: what the window and the chunks read is at most twice the tokens."""
+    model, read = tiny_model("lact").eval(), []
+    attend = lact_module.window_attention
+    monkeypatch.setattr(
+        lact_module, "window_attention", lambda q, *rest: read.append(q.shape[:2].numel()) or attend(q, *rest)
+    )
+    lengths = [200, *range(1, 30)]
+    texts = [torch.randint(53, (1, n)) for n in lengths]
+    packed = model(torch.cat(texts, 1), cu_seqlens=torch.tensor([0, *lengths]).cumsum(0)).logits
+    assert sum(read) <= 2 * 2 * sum(lengths)  # two layers
+    monkeypatch.undo()
+    assert_close(packed, torch.cat([model(text).logits for text in texts], 1), 1e-11)

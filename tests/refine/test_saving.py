@@ -42,14 +42,14 @@ def finished(tmp_path_factory, text_file):
 
 def at_update(number: int, act):
     """In the place of the REFINE loss: ``act`` before the loss of an update (from 1) is computed."""
-    original = phases.refine_loss
+    original = phases.Phase._refine
 
-    def refine_loss(*arguments, step, **given):
+    def refine(phase, batch, step, *given):
         if step + 1 == number:
-            act(*arguments)
-        return original(*arguments, step=step, **given)
+            act(phase.model)
+        return original(phase, batch, step, *given)
 
-    return refine_loss
+    return refine
 
 
 def whole(folder) -> bool:
@@ -66,7 +66,7 @@ def whole(folder) -> bool:
 def test_a_signal_in_the_closing_evaluation_loses_nothing(
     tmp_path, text_file, stop, save_steps, monkeypatch, capsys
 ):
-    original, calls = training.evaluate_held_out, []
+    original, calls = phases.evaluate_held_out, []
 
     def evaluate(*arguments, **given):
         calls.append(1)
@@ -74,7 +74,7 @@ def test_a_signal_in_the_closing_evaluation_loses_nothing(
             raise stop
         return original(*arguments, **given)
 
-    monkeypatch.setattr(training, "evaluate_held_out", evaluate)
+    monkeypatch.setattr(phases, "evaluate_held_out", evaluate)
     code = run(tmp_path, text_file, max_steps=6, save_steps=save_steps, eval_samples=2)
     assert code == (130 if stop is KeyboardInterrupt else 143)
     said = capsys.readouterr().err
@@ -106,7 +106,7 @@ def test_a_second_signal_stops_at_once(tmp_path, text_file, monkeypatch, capsys)
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(phases, "refine_loss", at_update(4, twice))
+    monkeypatch.setattr(phases.Phase, "_refine", at_update(4, twice))
     assert run(tmp_path, text_file, max_steps=6) == 143
     assert "stopped by SIGTERM; the last checkpoint is" in capsys.readouterr().err.splitlines()[-1]
     assert checkpoints(tmp_path) == ["checkpoint-2"]
@@ -126,7 +126,7 @@ def test_an_error_amid_a_run_saves_the_last_whole_update(
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(phases, "refine_loss", at_update(4, fail))
+    monkeypatch.setattr(phases.Phase, "_refine", at_update(4, fail))
     assert run(tmp_path, text_file, max_steps=6, save_steps=50) == code
     said = capsys.readouterr().err
     assert "checkpoint-3" in said.splitlines()[-1] and "Traceback" not in said
@@ -142,7 +142,7 @@ def test_an_unknown_error_is_told_in_full_after_the_save(tmp_path, text_file, mo
     def fail(*_):
         raise TypeError("a fault of ours")
 
-    monkeypatch.setattr(phases, "refine_loss", at_update(4, fail))
+    monkeypatch.setattr(phases.Phase, "_refine", at_update(4, fail))
     with pytest.raises(TypeError, match="a fault of ours"):
         run(tmp_path, text_file, max_steps=6, save_steps=50)
     assert whole(tmp_path / "checkpoint-3")
@@ -150,7 +150,7 @@ def test_an_unknown_error_is_told_in_full_after_the_save(tmp_path, text_file, mo
 
 def test_data_that_goes_away_is_one_sentence_after_the_save(tmp_path, monkeypatch, capsys):
     data = write_text(tmp_path / "text.jsonl")
-    monkeypatch.setattr(phases, "refine_loss", at_update(3, lambda *_: data.unlink(missing_ok=True)))
+    monkeypatch.setattr(phases.Phase, "_refine", at_update(3, lambda *_: data.unlink(missing_ok=True)))
     assert run(tmp_path / "run", data, max_steps=40, save_steps=50) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and "text.jsonl" in said[0] and "the last checkpoint is" in said[0]
@@ -244,7 +244,7 @@ def _spoil(model, *_):
 def test_a_model_with_nan_is_never_saved_and_pushes_no_checkpoint_out(
     tmp_path, text_file, monkeypatch, capsys
 ):
-    monkeypatch.setattr(phases, "refine_loss", at_update(4, _spoil))
+    monkeypatch.setattr(phases.Phase, "_refine", at_update(4, _spoil))
     assert run(tmp_path, text_file, max_steps=20, save_steps=2, save_total_limit=1) == 1
     said = capsys.readouterr().err
     assert "is not finite" in said and "it is not saved" in said and "checkpoint-2" in said
@@ -270,22 +270,22 @@ def test_an_update_that_ruins_the_model_pushes_no_good_checkpoint_out(
         with torch.no_grad():
             model.lm_head.weight.fill_(3e38)
 
-    monkeypatch.setattr(phases, "refine_loss", at_update(4, ruin))
+    monkeypatch.setattr(phases.Phase, "_refine", at_update(4, ruin))
     assert run(tmp_path, text_file, max_steps=20, save_steps=1, save_total_limit=1) == 1
     assert "checkpoint-3" in checkpoints(tmp_path) and whole(tmp_path / "checkpoint-3")
     assert "checkpoint-3" in capsys.readouterr().err
 
 
 def test_while_updates_are_skipped_nothing_is_rotated_out(tmp_path, text_file, monkeypatch, capsys):
-    original = phases.refine_loss
+    original = phases.Phase._refine
 
-    def refine_loss(*arguments, step, **given):
-        output = original(*arguments, step=step, **given)
+    def refine(phase, batch, step, *given):
+        output = original(phase, batch, step, *given)
         if step >= 4:
             output.loss = output.loss * float("nan")
         return output
 
-    monkeypatch.setattr(phases, "refine_loss", refine_loss)
+    monkeypatch.setattr(phases.Phase, "_refine", refine)
     assert run(tmp_path, text_file, max_steps=20, save_total_limit=1, max_skipped_updates=5) == 1
     assert "5 updates in a row had a non-finite loss" in capsys.readouterr().err
     assert checkpoints(tmp_path) == [f"checkpoint-{step}" for step in (2, 4, 6, 8, 9)]

@@ -172,3 +172,14 @@ def test_code_from_outside_is_named_before_it_runs(capsys):
     with pytest.raises(SettingsError, match="cannot be imported"):
         parse_settings(["--reward", "no.such.module:function"])
     assert "importing no.such.module, code from outside" in capsys.readouterr().err
+
+
+def test_values_that_nobody_gave_are_told(tmp_path, capsys):
+    """A file that names only a data set takes the paper's rate and length, not the default job's."""
+    path = tmp_path / "run.yaml"
+    path.write_text("dataset_name_or_path: x.jsonl\n")
+    settings = parse_settings(["--config", str(path)])
+    assert (settings.learning_rate, settings.max_length) == (1e-6, 16384)
+    assert "learning_rate=1e-06, max_length=16384: the paper's" in capsys.readouterr().out
+    parse_settings([])
+    assert capsys.readouterr().out == ""

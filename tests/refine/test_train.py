@@ -159,16 +159,16 @@ def test_signals_outside_the_main_thread_are_left_alone():
 
 
 def test_non_finite_updates_are_skipped_counted_and_stop_the_run(tmp_path, text_file, monkeypatch, capsys):
-    original = phases.refine_loss
+    original = phases.Phase._refine
     poisoned = {2, 4, 5, 6}
 
-    def refine_loss(*arguments, step, **given):
-        output = original(*arguments, step=step, **given)
+    def refine(phase, batch, step, *given):
+        output = original(phase, batch, step, *given)
         if step + 1 in poisoned:
             output.loss = output.loss * float("nan")
         return output
 
-    monkeypatch.setattr(phases, "refine_loss", refine_loss)
+    monkeypatch.setattr(phases.Phase, "_refine", refine)
     assert run(tmp_path, text_file, max_skipped_updates=3, max_steps=20, eval_samples=0) == 1
     assert "3 updates in a row had a non-finite loss" in capsys.readouterr().err
     lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "skipped" in line]

@@ -70,7 +70,7 @@ def test_fsdp2_ends_where_one_process_ends_and_ddp_goes_on_from_its_shards(tmp_p
     state = checkpoint.load_training_state(first)
     assert "optimizer" not in state and state["counters"]["step"] == 2
     said = torchrun(resumed, text_file, parallel="ddp", resume_from_checkpoint=first)
-    assert said.count("going on from") == 1, "the main process alone speaks"
+    assert said.count("going on from") == 1, "rank 0 alone logs"
     expected = load_file(sharded / "final" / "model.safetensors")
     for name, value in load_file(resumed / "final" / "model.safetensors").items():
         assert_close(value, expected[name], 1e-5, name)

@@ -85,7 +85,7 @@ def test_without_states_norms_or_the_final_state():
 
 def test_parents_are_read_and_never_written():
     inputs, state = make_inputs(4, 2, 2, 16, 16, states=3)
-    state[1] = float("nan")  # nobody's parent
+    state[1] = float("nan")  # the parent of no row
     before = state.clone()
     indices = torch.tensor([2, 0, 0, 2], device=DEVICE)
     o, final = triton_recurrent.forward(*inputs, state, indices, 1.0, True, True)

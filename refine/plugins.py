@@ -1,4 +1,4 @@
-"""Parts of the method that are chosen by name, or brought along as ``module:function``."""
+"""What is chosen by name, or brought along as ``module:function``: rewards, selections, objectives, texts."""
 
 from __future__ import annotations
 
