@@ -30,7 +30,7 @@ SIZES = {
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256, "linear_num_key_heads": 4,
     "linear_num_value_heads": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
-    "shared_expert_intermediate_size": 256,
+    "shared_expert_intermediate_size": 256, "pad_token_id": None,
 }  # fmt: skip
 
 

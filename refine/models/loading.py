@@ -44,7 +44,7 @@ def load_model(path_or_name: str | Path, **overrides) -> FastWeightForCausalLM:
     config = config_class.from_dict(keys | overrides)
     loading["dtype"] = "auto" if dtype is None else dtype
     loading.setdefault("use_safetensors", True)
-    with _without_report():  # it is told here
+    with _without_report():  # what it would list is listed below
         model, info = model_class.from_pretrained(
             path_or_name, config=config, output_loading_info=True, **loading
         )
@@ -62,7 +62,7 @@ def load_model(path_or_name: str | Path, **overrides) -> FastWeightForCausalLM:
 
 
 def _without_skipped(model: FastWeightForCausalLM, path_or_name: str | Path, names) -> list[str]:
-    """The names but for those of parts that this model leaves in the checkpoint, which are told once."""
+    """The names but for those of parts that this model leaves in the checkpoint, which one warning names."""
     left: dict[str, int] = {}
     rest = []
     for name in map(str, names):
