@@ -18,8 +18,10 @@ import torch
 
 from refine.models.window_attention import into_groups, out_of_groups, place_in_groups
 
-_QUERIES = 2048  # rows of a tile of scores, at most
-_TILE_ENTRIES = 1 << 22  # entries of a tile of scores, all heads together: 16 MB in float32
+_QUERIES = 512  # rows of a tile of scores, at most
+_TILE_ENTRIES = (
+    1 << 19
+)  # entries of a tile of scores, all heads together: 2 MB in float32, about what a cache holds
 
 
 def prefix_attention(
