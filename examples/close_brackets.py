@@ -13,7 +13,7 @@ from pathlib import Path
 from refine import train
 
 PAIRS = {"(": ")", "[": "]", "{": "}"}
-NAMES = (
+NAMES = [
     "a",
     "data",
     "index",
@@ -28,7 +28,7 @@ NAMES = (
     "value",
     "x",
     "y",
-)
+]
 
 
 def closed(prompts: list[str], completions: list[str], **_) -> list[float]:
