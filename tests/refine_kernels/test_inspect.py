@@ -382,7 +382,7 @@ def test_kernels_of_the_delta_rule_keep_their_registers_on_hopper(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(path.read_text())
     kernels = {row["variant"].split()[0].removeprefix("delta_rule.") for row in rows}
-    assert kernels == {"inverse", "scan", "join", "reverse", "gradient", "recurrent", "decode"}
+    assert kernels == {"inverse", "scan", "reverse", "gradient", "recurrent", "decode"}  # join has no gate
     assert all(row["measured"]["spilled_bytes"] <= 128 for row in rows)
 
 
