@@ -1,8 +1,7 @@
 """GRPO without TRL: the package's tiny model learns to close brackets in the right order, by reward alone.
 
 A verifiable task: a prompt opens two to four brackets; a completion is rewarded for closing them, innermost first.
-``python -m refine.train --phase grpo`` reads each prompt once for all its completions. The curve is
-``runs/close-brackets/reward.png``.
+``python -m refine.train --phase grpo`` reads each prompt once for all its completions; see OUTPUT_DIR/reward.png.
 """
 
 import argparse
@@ -14,7 +13,7 @@ from pathlib import Path
 from refine import train
 
 PAIRS = {"(": ")", "[": "]", "{": "}"}
-NAMES = (
+NAMES = [
     "a",
     "data",
     "index",
@@ -29,7 +28,7 @@ NAMES = (
     "value",
     "x",
     "y",
-)
+]
 
 
 def closed(prompts: list[str], completions: list[str], **_) -> list[float]:

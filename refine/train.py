@@ -10,7 +10,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +114,7 @@ class _Run:
         self.counters = {"step": 0, "tokens": 0, "skipped": 0}
         self.skipped_in_a_row = 0
         self.saved_step: int | None = None  # of the last checkpoint
-        self.between = (
-            False  # the weights are amid an update: the optimizer has begun, the counters have not moved
-        )
+        self.between = False  # amid an update: the optimizer has begun, the counters have not moved
         self.rotation_is_due = False
         self.has_gradient = True  # in the last update
         self.tracker: Tracker | None = None
@@ -133,7 +131,7 @@ class _Run:
             self.train_until(stop)
         if self.saved_step != self.counters["step"]:
             self.save()
-        if self.counters["step"] < self.settings.max_steps:
+        if self.world.any(bool(stop)):
             self.close()
             by = stop[0] if stop else "a signal to another process"
             self.say(
@@ -144,9 +142,10 @@ class _Run:
 
     def look(self) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint to go on from, with its state; the same in every process."""
-        settings, found = self.settings, None
-        if self.world.is_main:
-            found = self.folder.look(settings.resume_from_checkpoint, settings.overwrite_output_dir)
+        settings = self.settings
+        found = self.on_rank_0(
+            lambda: self.folder.look(settings.resume_from_checkpoint, settings.overwrite_output_dir)
+        )
         path = self.world.from_main(found[0] if found else None)
         if path is not None and found is None:
             found = path, checkpoint.load_training_state(path)
@@ -192,9 +191,10 @@ class _Run:
 
     def begin(self, found: tuple[Path, dict[str, Any]] | None) -> None:
         """Take the folder: from here on files are written."""
+        self.on_rank_0(lambda: self._begin(found))
+
+    def _begin(self, found: tuple[Path, dict[str, Any]] | None) -> None:
         settings, step = self.settings, self.counters["step"]
-        if not self.world.is_main:
-            return
         by_name = settings.resume_from_checkpoint not in ("none", "auto")
         self.folder.begin(found[0] if found else None, step, by_name)
         if found:
@@ -367,6 +367,18 @@ class _Run:
             seconds = time.perf_counter() - self.started
             print_report(self.folder.path, before, after, self.counters, self.stream.counts, plots, seconds)
         return final
+
+    def on_rank_0(self, act: Callable[[], Any]) -> Any:
+        """What ``act`` gives on rank 0, and None elsewhere. If it fails, the others end without a word."""
+        result, error = None, None
+        if self.world.is_main:
+            try:
+                result = act()
+            except Exception as failure:
+                error = failure
+        if not self.world.from_main(error is not None):
+            return result
+        raise error or SystemExit(2)
 
     def close(self) -> None:
         """Nothing more is logged."""

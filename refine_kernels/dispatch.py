@@ -71,7 +71,7 @@ def choose_backend(
         backend = "torch"
     if backend == "triton" and _interpreting() and not _interpreter_computes_bfloat16:
         _refuse_bfloat16(tensors)
-    if backend != "reference" and not torch.compiler.is_compiling():
+    if backend != "reference" and not torch.compiler.is_compiling() and _forward_mode():
         _refuse_tangents(tensors, backend)
     return backend
 
@@ -90,6 +90,11 @@ def _refuse_tangents(tensors: list[torch.Tensor], backend: str) -> None:
             "forward-mode AD (torch.func.jvp, torch.autograd.forward_ad) has no formula in backend "
             f"{backend!r}: use reverse mode, or backend='reference'"
         )
+
+
+def _forward_mode() -> bool:
+    """Whether a dual level is open; asking every tensor takes as long as the rest of this file."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def _interpreting() -> bool:

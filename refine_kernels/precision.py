@@ -17,7 +17,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def accumulation_dtype(*inputs: torch.Tensor) -> torch.dtype:
     """The dtype of the arithmetic: float64 when any input is, else float32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+    return torch.float64 if torch.float64 in [x.dtype for x in inputs] else torch.float32
 
 
 def autocast(*inputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

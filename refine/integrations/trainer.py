@@ -46,16 +46,13 @@ class RefineTrainer(Trainer):
     ``evaluate`` and ``predict`` are the Trainer's, on the next-token loss.
     """
 
-    args: RefineTrainingArguments
-
     def __init__(self, model=None, args: RefineTrainingArguments | None = None, **kwargs):
         args = RefineTrainingArguments(output_dir="trainer_output") if args is None else args
         if not isinstance(args, RefineTrainingArguments):
             raise TypeError(f"args must be refine.RefineTrainingArguments, got {type(args).__name__}")
         super().__init__(model, args, **kwargs)
         self.model_accepts_loss_kwargs = False  # a step's loss is a mean over sequences, accumulated as such
-        self._sums: dict[str, torch.Tensor] = {}
-        self._steps = 0
+        self._measured: list[dict[str, torch.Tensor]] = []  # of the steps since the last logging
         self._last: tuple[Sequences, RefineStepOutput] | None = None
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
@@ -81,10 +78,11 @@ class RefineTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add what the steps since the last time have measured, as means over steps and processes."""
-        if self._steps and "loss" in logs:
-            for name, total in self._sums.items():
-                logs[name] = self.accelerator.reduce(total / self._steps, "mean").item()
-            self._sums, self._steps = {}, 0
+        if self._measured and "loss" in logs:
+            for name in self._measured[0]:
+                mean = torch.stack([step[name].float() for step in self._measured]).mean()
+                logs[name] = self.accelerator.reduce(mean, "mean").item()
+            self._measured = []
             if self.args.log_samples and self.processing_class is not None and self.is_world_process_zero():
                 sequences, output = self._last
                 folder = Path(self.args.output_dir) / "samples"
@@ -99,7 +97,7 @@ class RefineTrainer(Trainer):
             self._signature_columns = [*self._signature_columns, "keys"]
 
     def _note(self, output: RefineStepOutput, sequences: Sequences, mask: torch.Tensor | None) -> None:
-        measured = {
+        values = {
             "ntp_loss": output.ntp_loss,
             "nsp_loss": output.nsp_loss,
             "reward": output.rewards.mean(),
@@ -110,9 +108,7 @@ class RefineTrainer(Trainer):
             "clip_fraction": output.clip_fraction,
             "rollout_length": output.rollout_lengths.float().mean(),
         }
-        for name, value in measured.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
-        self._steps += 1
+        self._measured.append({name: value.detach() for name, value in values.items()})
         self._last = sequences, output
 
 
@@ -124,10 +120,9 @@ def _document_bounds(inputs: dict[str, Any]) -> torch.Tensor | None:
     positions = inputs.get("position_ids")
     if positions is None or not bool((positions[:, 1:] == 0).any()):
         return None
-    if positions.shape[0] != 1:
+    if len(positions) != 1:
         raise ValueError(f"position_ids of packed documents must be [1, T], got {list(positions.shape)}")
-    starts = (positions[0] == 0).nonzero()[:, 0]
-    return torch.cat([starts, starts.new_tensor([positions.shape[1]])])
+    return torch.nn.functional.pad((positions[0] == 0).nonzero()[:, 0], (0, 1), value=positions.shape[1])
 
 
 def _check_labels(inputs: dict[str, Any], cu_seqlens: torch.Tensor | None, pad_token_id: int | None) -> None:

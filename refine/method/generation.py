@@ -95,7 +95,7 @@ def generate_group(
     state = read.state.select(parent)
     output = model(hidden_states=read.context[parent, None], head=draw(seed[:, :1]))
     for step in range(max_new_tokens):
-        token = output.token  # [m, 1]
+        token = output.token.clamp_min(0)  # [m, 1]; a policy that is not finite draws -1 and NaN log-probs
         ids[going, step] = token[:, 0]
         logprobs = logprobs.to(output.logprob.dtype)
         logprobs[going, step] = output.logprob[:, 0]

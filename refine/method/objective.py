@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -121,42 +120,47 @@ def _mean_of_fixed_length(x, counted, terms: LossTerms) -> torch.Tensor:
     return total / (x[..., 0].numel() * longest)
 
 
-def _loss(
-    token_loss: Callable,
-    mean: Callable,
-    logprobs: torch.Tensor,  # [S, c, n, k] float32, with a gradient
-    old_logprobs: torch.Tensor,  # [S, c, n, k] float32, of the policy that sampled
-    advantages: torch.Tensor,  # [S, c, n]
-    config: RefineConfig,
-    lengths: torch.Tensor | None = None,  # [S, c, n], tokens of each rollout that count; None: all k
-    terms: LossTerms | None = None,
-    *,
-    of_rollouts: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A loss per token and a mean over tokens make an objective.
+@dataclass(frozen=True)
+class PolicyLoss:
+    """An objective made of a loss per token and a mean over tokens.
 
-    Args:
-        of_rollouts: the ratio is that of the whole rollout, per token: the geometric mean of its tokens' ratios.
+    Attributes:
+        token_loss: function of (ratio, logprobs, gain, config): the loss per token, and where it is clipped.
+        mean: function of (loss, counted, terms).
+        of_rollouts: the ratio is that of a whole rollout, per token: the geometric mean of its tokens' ratios.
     """
-    terms = terms or LossTerms()
-    counted = None
-    if lengths is not None:
-        counted = (
-            torch.arange(logprobs.shape[-1], device=logprobs.device) < lengths[..., None]
-        )  # [S, c, n, k]
-    log_ratio = logprobs - old_logprobs.detach()
-    if of_rollouts:
-        kept = log_ratio if counted is None else torch.where(counted, log_ratio, 0.0)
-        log_ratio = kept.sum(-1, keepdim=True) / (kept.shape[-1] if counted is None else lengths[..., None])
-    ratio, gain = log_ratio.exp(), advantages.to(logprobs.dtype)[..., None]
-    loss, clipped = token_loss(ratio, logprobs, gain, config)
-    loss, clipped = loss.expand_as(logprobs), clipped.to(loss.dtype).expand_as(logprobs)
-    if config.top_entropy_quantile < 1:
-        loss = torch.where(high_entropy(terms.entropy, counted, config.top_entropy_quantile), loss, 0.0)
-    if config.beta:
-        divergence = kl_estimate(logprobs, terms.ref_logprobs)
-        loss = loss + config.beta * divergence
-    return mean(loss, counted, terms), mean_clipped(clipped, counted)
+
+    token_loss: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    mean: Callable[..., torch.Tensor]
+    of_rollouts: bool = False
+
+    def __call__(
+        self,
+        logprobs: torch.Tensor,  # [S, c, n, k] float32, with a gradient
+        old_logprobs: torch.Tensor,  # [S, c, n, k] float32, of the policy that sampled
+        advantages: torch.Tensor,  # [S, c, n]
+        config: RefineConfig,
+        lengths: torch.Tensor | None = None,  # [S, c, n], tokens of each rollout that count; None: all k
+        terms: LossTerms | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, and the share of tokens that are clipped, mean over a sequence's tokens, then sequences."""
+        terms, counted = terms or LossTerms(), None
+        if lengths is not None:
+            counted = torch.arange(logprobs.shape[-1], device=logprobs.device) < lengths[..., None]
+        log_ratio = logprobs - old_logprobs.detach()
+        if self.of_rollouts:
+            kept = log_ratio if counted is None else torch.where(counted, log_ratio, 0.0)
+            count = kept.shape[-1] if counted is None else lengths[..., None]
+            log_ratio = kept.sum(-1, keepdim=True) / count
+        gain = advantages.to(logprobs.dtype)[..., None]
+        loss, clipped = self.token_loss(log_ratio.exp(), logprobs, gain, config)
+        loss, clipped = loss.expand_as(logprobs), clipped.to(loss.dtype).expand_as(logprobs)
+        if config.top_entropy_quantile < 1:
+            kept = high_entropy(terms.entropy, counted, config.top_entropy_quantile)
+            loss = torch.where(kept, loss, 0.0)
+        if config.beta:
+            loss = loss + config.beta * kl_estimate(logprobs, terms.ref_logprobs)
+        return self.mean(loss, counted, terms), _mean_of_sequences(clipped, counted, terms)
 
 
 def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
@@ -178,22 +182,16 @@ def high_entropy(
     return counted & (entropy >= torch.quantile(entropy[counted], 1 - share))
 
 
-# gradient-free and always the plain mean, so that one number means the same under all objectives
-def mean_clipped(clipped: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
-    """The share of tokens that are clipped, mean over a sequence's tokens, then over sequences."""
-    return _mean_of_sequences(clipped, counted, LossTerms())
-
-
-policy_loss = partial(_loss, _clipped_ratio, _mean_of_sequences)  # GRPO's
+policy_loss = PolicyLoss(_clipped_ratio, _mean_of_sequences)  # GRPO's
 
 OBJECTIVES: dict[str, Objective] = {
     "grpo": policy_loss,
-    "bnpo": partial(_loss, _clipped_ratio, _mean_of_tokens),
-    "dr_grpo": partial(_loss, _clipped_ratio, _mean_of_fixed_length),
-    "dapo": partial(_loss, _clipped_ratio, _mean_of_update),
-    "gspo": partial(_loss, _clipped_ratio, _mean_of_sequences, of_rollouts=True),
-    "cispo": partial(_loss, _capped_weight, _mean_of_update),
-    "sapo": partial(_loss, _soft_gate, _mean_of_sequences),
+    "bnpo": PolicyLoss(_clipped_ratio, _mean_of_tokens),
+    "dr_grpo": PolicyLoss(_clipped_ratio, _mean_of_fixed_length),
+    "dapo": PolicyLoss(_clipped_ratio, _mean_of_update),
+    "gspo": PolicyLoss(_clipped_ratio, _mean_of_sequences, of_rollouts=True),
+    "cispo": PolicyLoss(_capped_weight, _mean_of_update),
+    "sapo": PolicyLoss(_soft_gate, _mean_of_sequences),
 }
 
 

@@ -66,7 +66,7 @@ class FullAttention(nn.Module):
     Args:
         config: gives ``hidden_size``, ``num_attention_heads``, ``num_key_value_heads``, ``head_dim``,
             ``attention_bias``.
-        rotary: how positions are told; None: they are not.
+        rotary: the encoding of positions; None: there is none.
         gated: ``q_proj`` gives a gate beside each head's query; the output is multiplied by its sigmoid.
     """
 
@@ -178,8 +178,10 @@ class OlmoHybridAttention(FullAttention):
     """Norms over all heads together; rotary positions where the configuration has a ``rope_theta``, else none."""
 
     def __init__(self, config):
-        told = config.rope_parameters is not None and config.rope_parameters.get("rope_theta") is not None
-        super().__init__(config, Rotary(head_dim(config), config) if told else None, gated=False)
+        positions = (
+            config.rope_parameters is not None and config.rope_parameters.get("rope_theta") is not None
+        )
+        super().__init__(config, Rotary(head_dim(config), config) if positions else None, gated=False)
         self.q_norm = RMSNorm(self.q_proj.out_features, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.k_proj.out_features, config.rms_norm_eps)
 

@@ -116,7 +116,8 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
         hidden = read.last_hidden_state
         values = dict(read)
         if head is not None:
-            values |= head(*head_operands(self.lm_head, hidden)) if head.needs_weight else {}
+            used = getattr(head, "needs_weight", True)
+            values |= head(*head_operands(self.lm_head, hidden)) if used else {}
         elif labels is not None:
             values["loss"] = self._loss(hidden, labels, values.pop("document_ends", None), num_items_in_batch)
         if head is None and (

@@ -255,7 +255,9 @@ class HybridModel(_LoadsAsTransformers, FastWeightModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.embed_tokens.padding_idx = config.pad_token_id  # which gets no gradient
+        pad = config.pad_token_id
+        if pad is not None and pad < config.vocab_size:
+            self.embed_tokens.padding_idx = pad  # which gets no gradient
 
 
 class HybridForCausalLM(_LoadsAsTransformers, FastWeightForCausalLM):

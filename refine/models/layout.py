@@ -285,6 +285,12 @@ def _tensor_of(name: str, value, batch: int, tokens: int, device) -> torch.Tenso
 def _starts_of_positions(batch, tokens, position_ids, begins, read, start, device) -> torch.Tensor | None:
     """Where positions begin anew; they must continue everywhere else, and agree with ``begins`` where given."""
     position = _tensor_of("position_ids", position_ids, batch, tokens, device)
+    if (
+        begins is None and read is None and (start is None or len(start) == batch)
+    ):  # as in every step of decoding
+        counted = torch.arange(tokens, device=device) + (0 if start is None else start[:, None])
+        if torch.equal(position, counted.expand(batch, tokens)):
+            return None
     first = torch.ones(batch, tokens, dtype=torch.bool, device=device)  # the first token of a row
     if read is None:
         first[:, 1:] = False

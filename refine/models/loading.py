@@ -34,10 +34,7 @@ def load_model(path_or_name: str | Path, **overrides) -> FastWeightForCausalLM:
         ValueError: an unsupported ``model_type`` or configuration value, an unknown override (the nearest name is
             said), or weights that are missing or unknown (they are listed).
     """
-    if "torch_dtype" in overrides:  # its older name in transformers
-        if overrides.get("dtype", overrides["torch_dtype"]) != overrides["torch_dtype"]:
-            raise ValueError("load_model: give dtype or torch_dtype, not both")
-        overrides["dtype"] = overrides.pop("torch_dtype")
+    dtype = _one_dtype(overrides, "load_model")
     loading = {key: overrides.pop(key) for key in LOADING_OPTIONS & overrides.keys()}
     where = {key: loading[key] for key in ("revision", "subfolder", "token", "cache_dir") if key in loading}
     model_type, keys = _read_config(path_or_name, where)
@@ -45,9 +42,9 @@ def load_model(path_or_name: str | Path, **overrides) -> FastWeightForCausalLM:
     config_class = model_class.config_class
     config_class.check_settings(overrides, "load_model", also=LOADING_OPTIONS)
     config = config_class.from_dict(keys | overrides)
-    loading.setdefault("dtype", "auto")
+    loading["dtype"] = "auto" if dtype is None else dtype
     loading.setdefault("use_safetensors", True)
-    with _without_report():  # it is told here
+    with _without_report():  # what it would list is listed below
         model, info = model_class.from_pretrained(
             path_or_name, config=config, output_loading_info=True, **loading
         )
@@ -65,7 +62,7 @@ def load_model(path_or_name: str | Path, **overrides) -> FastWeightForCausalLM:
 
 
 def _without_skipped(model: FastWeightForCausalLM, path_or_name: str | Path, names) -> list[str]:
-    """The names but for those of parts that this model leaves in the checkpoint, which are told once."""
+    """The names but for those of parts that this model leaves in the checkpoint, which one warning names."""
     left: dict[str, int] = {}
     rest = []
     for name in map(str, names):
@@ -102,7 +99,7 @@ def new_model(
             ``qwen3_5_moe``, ``qwen3_next`` or ``olmo_hybrid``.
         seed: of the random weights; torch's global generator is left as it is.
         mimetic_init: begin near in-context recall, see :mod:`refine.models.initialization`.
-        **settings: of the model's configuration.
+        **settings: of the model's configuration, and ``dtype`` (a torch.dtype or its name; default float32).
 
     Raises:
         ValueError: the type is none of ours, or a setting cannot be.
@@ -110,13 +107,25 @@ def new_model(
     model_type = resolve_type(model_type)
     config_class = MODELS[model_type].config_class
     config_class.check_settings(settings, "new_model")
-    dtype = settings.pop("torch_dtype", None)
-    if dtype is not None:
-        settings["dtype"] = dtype
+    dtype = _one_dtype(settings, "new_model")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = MODELS[model_type](config_class(**settings))
-        return mimetic_init_(model) if mimetic_init else model
+        model = mimetic_init_(model) if mimetic_init else model
+    return model if dtype is None else model.to(dtype)
+
+
+def _one_dtype(options: dict, where: str) -> torch.dtype | None:
+    """Take ``dtype`` out of ``options``, or ``torch_dtype``, its older name in transformers."""
+    given = [options.pop(name) for name in ("dtype", "torch_dtype") if name in options]
+    if len(given) == 2 and given[0] != given[1]:
+        raise ValueError(f"{where}: give dtype or torch_dtype, not both")
+    dtype = given[0] if given else None
+    if isinstance(dtype, str) and dtype != "auto":
+        name, dtype = dtype, getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{where}: dtype must be a torch.dtype or its name, got {name!r}")
+    return dtype
 
 
 def _read_config(path_or_name: str | Path, where: dict) -> tuple[str, dict]:

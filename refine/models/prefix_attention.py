@@ -18,8 +18,8 @@ import torch
 
 from refine.models.window_attention import into_groups, out_of_groups, place_in_groups
 
-_QUERIES = 2048  # rows of a tile of scores, at most
-_TILE_ENTRIES = 1 << 22  # entries of a tile of scores, all heads together: 16 MB in float32
+_QUERIES = 512  # rows of a tile of scores, at most
+_TILE_ENTRIES = 1 << 19  # entries of a tile of scores, all heads together: 2 MB in float32
 
 
 def prefix_attention(
@@ -41,8 +41,8 @@ class _Visible:
     """Which keys the rows of a score matrix see: those before ``limit``, which may differ from row to row."""
 
     limit: torch.Tensor  # [X or 1, M] int64
-    first: int  # the smallest limit of a run of rows grows by one every ``step`` rows from here
-    step: int | None  # None: the limits follow no order, ``first`` is the smallest of all
+    first: int  # no limit is smaller; with ``step``, row i has the limit ``first + i // step``
+    step: int | None  # None: the limits follow no order
     length: int  # keys that there are
 
     @classmethod

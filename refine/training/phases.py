@@ -20,7 +20,7 @@ from refine.evaluation.held_out import evaluate_held_out
 from refine.method import RefineStepOutput, next_token_targets, refine_step
 from refine.prepare import data_config
 from refine.training.group_phase import GroupPhase, load_reference
-from refine.training.losses import sequence_loss, target_loss
+from refine.training.losses import pack, packed_loss, sequence_loss, target_loss
 from refine.training.parallel import World
 from refine.training.settings import TrainSettings
 from refine.training.update import apply_update
@@ -122,10 +122,13 @@ class Phase:
     def _refine(self, batch: Batch, step: int, draw=None, context=None) -> RefineStepOutput:
         """A REFINE step; its draws follow from the run's seed, the step and each sequence's key alone. ``draw``:
         the rollouts of an earlier policy."""
+        input_ids, places = batch.input_ids, {"attention_mask": batch.attention_mask}
+        if self.settings.packing:
+            input_ids, borders = pack(batch.input_ids, batch.attention_mask)
+            places = {"cu_seqlens": borders}
         return refine_step(
-            self.model, batch.input_ids, self.settings, attention_mask=batch.attention_mask,
-            seeds=mix_seeds(self.settings.seed, step, batch.keys), rollouts=draw.drawn if draw else None,
-            context=context, reference=self.reference,
+            self.model, input_ids, self.settings, seeds=mix_seeds(self.settings.seed, step, batch.keys),
+            rollouts=draw.drawn if draw else None, context=context, reference=self.reference, **places,
         )  # fmt: skip
 
     def _update_on_text(
@@ -140,6 +143,9 @@ class Phase:
             if total is not None:
                 loss = self._weighted_loss(batch, total / count)
                 found = {"loss": loss, "ntp_loss": loss}
+            elif self.on_text == "sft" and settings.packing:
+                loss = packed_loss(self.model, *pack(batch.input_ids, batch.attention_mask))
+                found = {"loss": loss, "ntp_loss": loss}
             elif self.on_text == "sft":
                 loss = sequence_loss(
                     self.model, batch.input_ids, batch.attention_mask, settings.segment_length, world.context
@@ -147,7 +153,7 @@ class Phase:
                 found = {"loss": loss, "ntp_loss": loss}
             else:
                 output = self._refine(batch, step, draw, world.context)
-                loss, found = output.loss, _measures(output, batch)
+                loss, found = output.loss, _measures(output, batch, settings.packing)
             return loss / count, {name: value.detach() / count for name, value in found.items()}
 
         losses = [
@@ -217,7 +223,7 @@ def _weights(batch: Batch) -> torch.Tensor:
     return torch.cat([weight[:, 1:], torch.zeros_like(weight[:, :1])], 1)
 
 
-def _measures(output: RefineStepOutput, batch: Batch) -> dict[str, torch.Tensor]:
+def _measures(output: RefineStepOutput, batch: Batch, packed: bool) -> dict[str, torch.Tensor]:
     """What a REFINE step reports."""
     return {
         "loss": output.loss,
@@ -227,7 +233,7 @@ def _measures(output: RefineStepOutput, batch: Batch) -> dict[str, torch.Tensor]
         "reward_std": output.rewards.std(),
         "cosine": output.cosine.mean(),
         "exact_match": output.exact_match.mean(),
-        "entropy": output.entropy[batch.attention_mask.bool()].mean(),
+        "entropy": (output.entropy if packed else output.entropy[batch.attention_mask.bool()]).mean(),
         "clip_fraction": output.clip_fraction,
         "rollout_length": output.rollout_lengths.float().mean(),
     }

@@ -59,7 +59,7 @@ class RunFolder:
             raise SettingsError(f"output_dir {str(path)!r} is a file")
         if not path.exists():
             return checkpoint.find_resume(path, wanted)
-        names = {entry.name for entry in path.iterdir()} - {LOCK}
+        names = {entry.name for entry in path.iterdir()} - {LOCK, MARK, f"{MARK}.partial"}
         self._read_mark()
         if self._written is not None:
             self._own()
@@ -72,7 +72,7 @@ class RunFolder:
         if final.is_dir() and not checkpoint.holds_only_ours(final) and (found or self._written is not None):
             raise SettingsError(f"{final} holds files that no run writes: move them, or take another folder")
         again = wanted == "auto" and self._written is not None
-        if found is None and names - {MARK} and not (again or overwrite):
+        if found is None and names and not (again or overwrite):
             raise SettingsError(
                 f"output_dir {str(path)!r} is not empty: give --overwrite_output_dir, "
                 "--resume_from_checkpoint auto, or another folder"

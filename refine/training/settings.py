@@ -149,6 +149,9 @@ class TrainSettings(
     parallel: str = setting(
         "none", "under torchrun; context: processes share each document", choices=PARALLEL
     )
+    packing: bool = setting(
+        False, "put the sequences of a forward pass into one row, without padding (phases mid and sft)"
+    )
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward")
 
     logging_steps: int = setting(1, "updates between two lines of metrics.jsonl", least=1)
@@ -199,6 +202,8 @@ class TrainSettings(
                 "answer_weight and context_weight are about the next-token loss of phase sft, and must be 1 in "
                 f"phase {self.phase}; got {self.answer_weight:g} and {self.context_weight:g}"
             )
+        if self.packing:
+            self._check_packing()
         if self.parallel == "context" and self.segment_length is None:
             raise SettingsError("parallel context shares documents by segments: set segment_length")
         if self.phase in ("post", "grpo") and self.parallel == "context":
@@ -223,6 +228,16 @@ class TrainSettings(
             TextRewards(self.reward_funcs, self.reward_weights)
         except ValueError as error:
             raise SettingsError(str(error)) from error
+
+    def _check_packing(self) -> None:
+        for wrong, what in (
+            (self.phase not in ("mid", "sft"), f"phase {self.phase}"),
+            (self.segment_length is not None, "segment_length"),
+            (self.step == "per_prefix", "step=per_prefix"),
+            (self.weighs_answers, "answer_weight and context_weight"),
+        ):
+            if wrong:
+                raise SettingsError(f"packing is about padding in phases mid and sft; it goes without {what}")
 
     def _check_lengths(self) -> None:
         if self.phase == "post":

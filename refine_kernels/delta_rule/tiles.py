@@ -50,8 +50,8 @@ def choose_tiles(
     kd: int, vd: int, itemsize: int, gated: bool, *, few: bool = False, tensor_memory: bool = False
 ) -> Tiles:
     """The tiles for head sizes ``kd`` and ``vd``, ``itemsize`` bytes a number, with or without decay, ``few`` rows
-    x heads (too few to occupy a GPU by themselves). Decays cost registers, so at K = 128 their kernels hold less
-    of the state. Chips with ``tensor_memory`` (Blackwell) hold products of 64 rows there, and it has no room for
+    x heads (too few to occupy a GPU by themselves). Decays cost registers, so gradient_kernel holds less of the
+    state with them. Chips with ``tensor_memory`` (Blackwell) hold products of 64 rows there, and it has no room for
     all of gradient_kernel's: Triton then compiles a trap."""
     bk, whole = block(kd), block(vd)
     if tensor_memory or max(bk, whole) > 128 or (itemsize > 2 and max(bk, whole) > 64):
@@ -59,7 +59,7 @@ def choose_tiles(
         tile = Tile(bv, 4, 1)
         return Tiles(32, False, tile, tile, tile, tile, GradientTile(min(bk, 64), bv, bv, 4, 1))
     large = bk == 128
-    scan = Tile(min(whole, (16 if gated else 32) if large else 32 if few else 64), 4, 2)
+    scan = Tile(min(whole, 32 if large or few else 64), 4, 2)
     gradient = GradientTile(
         min(bk, 32 if gated else 64), whole, min(whole, 16 if gated and large else 64), 8, 1
     )

@@ -60,7 +60,7 @@ def test_two_runs_are_compared_on_one_machine():
     files = [("first", run(1.0, 2.0)), ("other", run(9.0, 9.0, processor="y")), ("last", run(1.05, 2.5))]
     said = report.agreement(files)
     assert said.startswith(
-        "The run before on this machine ([file](first)): of the 2 ratios that both have, 1 "
+        "The run before on this machine ([file](../first)): of the 2 ratios that both have, 1 "
     )
     assert "the furthest 25 % apart" in said and "w1" in said
     assert report.agreement(files[:1]) == report.agreement(files[:2]) == ""
@@ -97,7 +97,7 @@ def test_a_large_models_table():
     assert "| out of memory | 5,000" in report._large({"m": ("path", contents)})
 
 
-def test_the_readme_is_drawn_from_the_results():
+def test_the_page_of_results_is_drawn_from_the_results():
     """Every number between the markers comes from a results file or a count."""
     if not torch.__version__.startswith("2.13"):
         pytest.skip(

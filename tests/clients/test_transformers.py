@@ -305,7 +305,12 @@ def test_an_unknown_key_of_a_file_is_said():
 def test_dtype_by_either_name(family, tmp_path):
     tiny_model(family, dtype=torch.float32).save_pretrained(tmp_path)
     for name in ("dtype", "torch_dtype"):
-        assert refine.load_model(tmp_path, **{name: torch.bfloat16}).dtype == torch.bfloat16
+        for dtype in (torch.bfloat16, "bfloat16"):
+            assert refine.load_model(tmp_path, **{name: dtype}).dtype == torch.bfloat16
+            made = new_model("delta_net", hidden_size=16, num_heads=2, num_hidden_layers=1, **{name: dtype})
+            assert made.lm_head.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="or its name, got 'bfloat61'"):
+        refine.load_model(tmp_path, dtype="bfloat61")
     with pytest.raises(ValueError, match=r"'torch_dtyp' is no setting of .*: did you mean 'torch_dtype'"):
         refine.load_model(tmp_path, torch_dtyp=torch.bfloat16)
     with pytest.raises(ValueError, match="dtype or torch_dtype"):

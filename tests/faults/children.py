@@ -83,7 +83,7 @@ def run_with_kills(
         if landed == kills:
             break
         process = start(kind, command, log)
-        time.sleep(draw.random() * seconds)
+        time.sleep(draw.random() * 0.7 * seconds)
         done, status = os.waitpid(process, os.WNOHANG)
         if done:  # its end came first
             assert os.waitstatus_to_exitcode(status) == 0, log.read_text()[-2000:]

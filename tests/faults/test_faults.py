@@ -167,7 +167,9 @@ def test_signals_at_every_place(tmp_path, text_file):
         assert len(list(folder.glob("checkpoint-*"))) <= 2
         shutil.rmtree(folder)
         tried += 1
-    FIGURES["signals at a certain call"] = f"{tried} of {len(PLACES)} places, all ended as the straight run"
+    FIGURES["signals at a certain call"] = (
+        f"{tried} cases at {len(PLACES)} places, all ended as the straight run"
+    )
 
 
 GARBAGE = {

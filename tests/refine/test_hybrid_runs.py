@@ -48,6 +48,7 @@ def test_a_type_without_a_size_is_a_small_model(model_type):
     model = refine.models.new_model(model_type, vocab_size=4096, **settings.config_overrides)
     assert sum(p.numel() for p in model.parameters()) < 6e6
     assert set(model.config.layer_types) == {"linear_attention", "full_attention"}
+    assert torch.isfinite(model(torch.arange(9)[None]).logits).all()
 
 
 def test_a_step_through_low_rank_adapters():

@@ -157,6 +157,13 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     assert "starting anew" in capsys.readouterr().out and steps(tmp_path) == [1, 2]
 
 
+def test_a_run_killed_while_it_wrote_its_mark_starts_again(tmp_path, text_file):
+    (tmp_path / f"{MARK}.partial").write_text('{"made_by')
+    (tmp_path / LOCK).write_text("process 1 on nowhere")
+    assert run(tmp_path, text_file, max_steps=2, resume_from_checkpoint="auto") == 0
+    assert steps(tmp_path) == [1, 2] and not (tmp_path / f"{MARK}.partial").exists()
+
+
 def test_auto_on_a_finished_run_ends_as_it_ended(copy, text_file):
     before = everything(copy)
     assert run(copy, text_file, max_steps=8, resume_from_checkpoint="auto") == 0

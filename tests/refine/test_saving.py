@@ -390,3 +390,16 @@ def test_a_reward_that_changes_its_inputs_changes_nothing(tmp_path, text_file, m
 def test_torn_lines_at_the_end_are_no_lines(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st')
     assert tracking._split(tmp_path / "metrics.jsonl") == ([{"step": 1}], [])
+
+
+def test_a_signal_with_the_last_update_saves_and_leaves_the_evaluation_for_later(
+    tmp_path, text_file, monkeypatch, capsys
+):
+    monkeypatch.setattr(phases.Phase, "_refine", at_update(6, lambda _: os.kill(os.getpid(), signal.SIGTERM)))
+    small = {"max_steps": 6, "save_steps": 0, "eval_samples": 2, "gradient_accumulation_steps": 1}
+    assert run(tmp_path, text_file, **small) == 0
+    assert "stopped by SIGTERM after update 6" in capsys.readouterr().out
+    assert whole(tmp_path / "checkpoint-6") and not (tmp_path / "final").exists()
+    monkeypatch.undo()
+    assert run(tmp_path, text_file, **small, resume_from_checkpoint="auto") == 0
+    assert steps(tmp_path) == [0, 1, 2, 3, 4, 5, 6, 6]

@@ -21,6 +21,7 @@ from refine_kernels import (
     reference,
 )
 from tests.numerics import assert_close
+from tests.refine_kernels.test_delta_rule import _one_thread  # noqa: F401
 
 BOUNDS = {"o": 0.005, "final_state": 0.005, "dq": 0.008, "dk": 0.008, "dv": 0.008, "dbeta": 0.02, "dg": 0.02}
 BOUNDS["dinitial_state"] = 0.008
