@@ -20,6 +20,7 @@ from transformers import get_scheduler
 from transformers.utils.logging import disable_progress_bar
 
 from refine.data.document import DataError
+from refine.evaluation.held_out import evaluate_held_out
 from refine.evaluation.recall import answered_greedily, questions_of_recall
 from refine.files import why, write_whole
 from refine.prepare import (
@@ -295,7 +296,12 @@ class _Run:
     def evaluate(self) -> dict[str, float]:
         """The measures of held-out data."""
         with self.phase.precision():
-            measured = self.phase.measure(self.held_out)
+            measured = {}
+            if self.phase.holds_out_text:
+                measured = evaluate_held_out(
+                    self.model, self.held_out, self.settings, seed=self.settings.seed
+                )
+            measured |= self.phase.measure(self.held_out)
             for name, rows in self.questions.items():
                 measured[f"eval_{name}"] = sum(answered_greedily(self.model, rows)) / len(rows)
             return measured

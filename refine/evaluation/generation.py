@@ -59,6 +59,10 @@ def _generate(model, prompts, limits: list[int], end_ids: frozenset[int]) -> lis
     del output, ids, mask
     token = model(hidden_states=context[:, None], head=_GREEDY).token  # [B, 1]
 
+    if bool((token < 0).any()):
+        raise ValueError(
+            "the model predicts NaN: its weights, or what it computes from this prompt, are not finite"
+        )
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # which prompt each row of the batch answers
     for step in count(1):

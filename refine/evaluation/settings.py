@@ -122,6 +122,8 @@ class EvalSettings(RefineConfig, ModelSettings, TextSettings, OptimizerSettings)
                 raise SettingsError(f"{name}: name at least one")
         self.lengths = sorted(set(self.lengths))
         self.recall_distances = sorted(set(self.recall_distances))
+        if self.beta:
+            raise SettingsError(f"beta must be 0: test-time training has no reference model, got {self.beta}")
         if "held_out" in self.tasks and self.max_length < self.min_tokens:
             raise SettingsError(
                 f"max_length must be at least {self.min_tokens} for task held_out with num_chunks="

@@ -166,6 +166,11 @@ class QwenAttention(FullAttention):
 
     def __init__(self, config):
         size = int(head_dim(config) * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        if size % 2:
+            raise ValueError(
+                f"head_dim * partial_rotary_factor must be even, as positions are rotated in pairs, got {size} "
+                f"for head_dim={head_dim(config)}"
+            )
         super().__init__(config, Rotary(size, config), gated=True)
         self.q_norm = ZeroCentredRMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = ZeroCentredRMSNorm(self.head_dim, config.rms_norm_eps)

@@ -44,6 +44,8 @@ class Group(NamedTuple):
 class GroupPhase:
     """The updates and measures of phase grpo (see :class:`refine.training.phases.Phase`)."""
 
+    holds_out_text = False
+
     def __init__(self, settings: TrainSettings, model, optimizer, world: World, tokenizer):
         self.settings, self.model, self.optimizer, self.world = settings, model, optimizer, world
         self.tokenizer = tokenizer

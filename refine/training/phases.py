@@ -16,7 +16,6 @@ from refine.data.curriculum import Curriculum
 from refine.data.pairs import PairBatch, PairColumns, PairStream, held_out_pairs, training_pairs
 from refine.data.prompts import PromptBatch, held_out_prompts, training_prompts
 from refine.data.stream import Batch, DataStream, held_out_stream, training_stream
-from refine.evaluation.held_out import evaluate_held_out
 from refine.method import RefineStepOutput, next_token_targets, refine_step
 from refine.prepare import data_config
 from refine.training.group_phase import GroupPhase, load_reference
@@ -72,6 +71,8 @@ def make_phase(settings: TrainSettings, model, optimizer, world: World, tokenize
 class Phase:
     """The updates and measures of the phases mid, sft and post."""
 
+    holds_out_text = True  # held-out data is text, whose next tokens and rollouts are measured too
+
     def __init__(self, settings: TrainSettings, model, optimizer, world: World):
         self.settings, self.model, self.optimizer, self.world = settings, model, optimizer, world
         self.answers = settings.phase == "post"
@@ -103,17 +104,16 @@ class Phase:
 
     @torch.no_grad()
     def measure(self, held_out: list[Batch | PairBatch]) -> dict[str, float]:
-        """The measures of held-out text, and with answers their loss, in nats per token."""
-        measured = evaluate_held_out(self.model, held_out, self.settings, seed=self.settings.seed)
+        """What is measured of held-out data besides its text: the answers' loss, in nats per token."""
         if not self.answers:
-            return measured
+            return {}
         total, tokens = 0.0, 0
         for batch in held_out:
             batch = batch.to(self.world.device)
             weight = (batch.full_targets != -100).float()
             total += target_loss(self.model, batch.full_ids, batch.full_targets, weight).item()
             tokens += int(weight.sum())
-        return measured | {"eval_answer_loss": total / tokens}
+        return {"eval_answer_loss": total / tokens}
 
     def precision(self):
         """Autocast as the settings say."""
