@@ -17,14 +17,15 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OLDEST = {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0"}
+# triton 3.6's interpreter takes numbers out of arrays in a way that numpy 2.4 refuses
+OLDEST = {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0", "numpy": "2.3.5"}
 NEWEST = {"torch": "2.13.0", "triton": "3.9.0", "transformers": "5.24.0"}
 SETS: dict[str, tuple[str, dict[str, str]]] = {  # name -> (Python, releases)
     "oldest": ("3.11", OLDEST),
     "newest": ("3.11", NEWEST),
     "transformers 5.17": ("3.11", NEWEST | {"transformers": "5.17.0"}),
     "transformers 5.20": ("3.11", NEWEST | {"transformers": "5.20.2"}),
-    "triton 3.6": ("3.11", NEWEST | {"triton": "3.6.0"}),
+    "triton 3.6": ("3.11", NEWEST | {"triton": "3.6.0", "numpy": "2.3.5"}),
     "triton 3.7": ("3.11", NEWEST | {"triton": "3.7.1"}),
     "triton 3.8": ("3.11", NEWEST | {"triton": "3.8.0"}),
     "torch 2.14": ("3.11", NEWEST | {"torch": "2.14.1"}),
