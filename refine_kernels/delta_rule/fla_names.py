@@ -140,11 +140,16 @@ def fused_recurrent_gated_delta_rule(
 
 
 def _recurrent(q, k, v, g, beta, scale, initial_state, output_final_state, l2norm, cu_seqlens, backend):
+    """fla's recurrent ops take q, k and v of different dtypes; the output has v's."""
     options = {"initial_state": initial_state, "output_final_state": output_final_state, "backend": backend}
     options |= {"g": g, "scale": scale, "use_qk_l2norm_in_kernel": l2norm}
+    common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    qkv = (x.to(common) for x in (q, k, v))
     if cu_seqlens is not None:
-        return chunk_delta_rule(q, k, v, beta, cu_seqlens=cu_seqlens, **options)
-    return recurrent_delta_rule(q, k, v, beta, **options)
+        o, final_state = chunk_delta_rule(*qkv, beta, cu_seqlens=cu_seqlens, **options)
+    else:
+        o, final_state = recurrent_delta_rule(*qkv, beta, **options)
+    return (o if torch.is_autocast_enabled(v.device.type) else o.to(v.dtype)), final_state
 
 
 def _beta(beta: torch.Tensor | None, v: torch.Tensor, logits: bool, twice: bool) -> torch.Tensor:

@@ -323,3 +323,17 @@ def test_no_repeated_copy_of_queries_and_keys():
     with Largest() as largest:
         chunk_delta_rule(q, k, v, beta, use_qk_l2norm_in_kernel=True)
     assert largest.numel < 8 * q.numel()
+
+
+def test_the_recurrent_ops_take_queries_of_another_dtype_than_values():
+    """As fla's do: the output has the values' dtype."""
+    torch.manual_seed(5)
+    q, k = (torch.randn(2, 33, 2, 16) for _ in range(2))
+    v, beta = torch.randn(2, 33, 4, 16), torch.rand(2, 33, 4)
+    g = -torch.rand(2, 33, 4)
+    exact, _ = fused_recurrent_gated_delta_rule(q, k, v, g, beta=beta, use_qk_l2norm_in_kernel=True)
+    o, _ = fused_recurrent_gated_delta_rule(q, k, v.half(), g, beta=beta, use_qk_l2norm_in_kernel=True)
+    assert o.dtype == torch.float16
+    assert_close(o, exact, 2e-3)
+    o, _ = fused_recurrent_delta_rule(q, k, v.half(), beta, use_qk_l2norm_in_kernel=True)
+    assert o.dtype == torch.float16
