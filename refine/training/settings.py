@@ -286,12 +286,20 @@ def parse_settings(arguments: list[str]) -> TrainSettings:
         merged["model_name_or_path"] = None
     if "model_name_or_path" in given and "model_type" not in given:
         merged |= {"model_type": None, "config_overrides": {}}
+    if path == DEFAULT_JOB and "recall_samples" not in given and not _asks_needles(merged):
+        merged["recall_samples"] = 0
     settings = build(TrainSettings, merged)
     unsaid = [name for name in ("learning_rate", "max_length") if name not in merged]
     if unsaid and os.environ.get("RANK", "0") == "0":  # of another model or file than the default job's
         values = ", ".join(f"{name}={getattr(settings, name)}" for name in unsaid)
         print(f"{values}: the paper's, as nothing else was said")
     return settings
+
+
+def _asks_needles(settings: dict[str, Any]) -> bool:
+    """Whether the default job's questions fit a run: documents that hold one, in a phase that reads documents."""
+    length = settings.get("max_length")
+    return settings.get("phase") != "grpo" and isinstance(length, int) and length >= 512
 
 
 def _tiny_model(model_type: str | None) -> dict[str, Any]:

@@ -375,6 +375,7 @@ def test_the_command_compiles_real_kernels(tmp_path):
     assert row["measured"]["spilled_bytes"] == 0 and row["measured"]["registers"] > 64
 
 
+@pytest.mark.slow
 def test_kernels_of_the_delta_rule_keep_their_registers_on_hopper(tmp_path):
     path = tmp_path / "report.json"
     subset = "--arch", "sm_90", "--op", "delta_rule", "--kernel", "K128 V128 bfloat16 gated", "--jobs", "2"
