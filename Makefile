@@ -37,7 +37,7 @@ test-all: lint
 test-faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -q -s --benchmark-disable
 
-# The suite in throw-away environments with the oldest and the newest releases; about ten minutes each.
+# The suite in throw-away environments with the oldest and the newest releases; up to 20 minutes each.
 test-releases: setup
 	$(BIN)/python -m tests.releases
 

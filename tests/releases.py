@@ -1,7 +1,7 @@
 """``python -m tests.releases``: the suite under the oldest and the newest release of everything, one line per set.
 
 Makes a throw-away environment per set (under ``.releases/``, kept for the next time), installs the set beside this
-checkout and runs the tests that are not slow. Takes about ten minutes and up to 6 GB of downloads per set, so it is
+checkout and runs the tests that are not slow. Takes up to 20 minutes and up to 6 GB of downloads per set, so it is
 not part of the suite. A Python that is not installed, or a release without a wheel for it, is said and left out.
 """
 

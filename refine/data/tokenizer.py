@@ -66,6 +66,7 @@ def _training_text() -> Iterator[str]:
 
 
 def main() -> None:
+    """Train the tokenizer and write it into a folder."""
     parser = argparse.ArgumentParser(
         prog="python -m refine.data.tokenizer", description=__doc__.split("\n")[0]
     )
