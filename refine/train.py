@@ -156,6 +156,7 @@ class _Run:
         """Model, data, optimizer, and where all of them stood; nothing is written."""
         settings, world = self.settings, self.world
         self.changes = resume.compare_settings(settings, *found) if found else {}
+        torch.manual_seed(settings.seed + world.rank)  # of dropout; all other draws have seeds of their own
         path = found[0] if found else None
         try:
             model, self.tokenizer = load_model_and_tokenizer(settings, settings, path)
