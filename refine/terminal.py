@@ -92,7 +92,7 @@ class Terminal:
             what: in a word or two.
             total: its length.
             done: of it, before.
-            unit: what is counted, for plain lines.
+            unit: what is counted, for plain lines; with one, the last line is always there.
         """
         meter = _Meter(total, done)
         if not self.is_live:
@@ -103,7 +103,8 @@ class Terminal:
                 meter.advance(count)
                 now, tenth = time.monotonic(), max(1, total // 10)
                 due = meter.done % tenth < count and now - told >= _OFTEN
-                if due or now - told >= _SELDOM or meter.done == total:
+                last = meter.done == total and (unit or now - meter.began >= _OFTEN)
+                if due or now - told >= _SELDOM or last:
                     told = now
                     parts = (f"{what} {unit} {meter.done}/{total}".replace("  ", " "), about, meter.left())
                     self.say("  ".join(part for part in parts if part))
@@ -161,7 +162,6 @@ class Terminal:
 class _Said(ProgressColumn):
     """What a task says of itself now: the parts of it that fit beside its name and a short bar."""
 
-    max_refresh = 0.2
     progress: Progress
 
     def render(self, task: Task) -> Text:

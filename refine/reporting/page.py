@@ -73,7 +73,10 @@ class Number:
     text: str
 
     @classmethod
-    def of(cls, value: float, sign: bool = False) -> Number:
+    def of(cls, value: float, sign: bool = False, digits: int | None = None) -> Number:
+        """``digits``: decimals; None: by its size."""
+        if digits is not None:
+            return cls(value, fixed(value, digits, sign))
         if isinstance(value, int):
             return cls(value, f"{value:+,}" if sign else f"{value:,}")
         if value == 0 or 1e-3 <= abs(value) < 1e4:
@@ -81,6 +84,12 @@ class Number:
         if 1e4 <= abs(value) < 1e9:
             return cls(value, f"{value:+,.0f}" if sign else f"{value:,.0f}")
         return cls(value, f"{value:+.3g}" if sign else f"{value:.3g}")
+
+
+def _change(before: float, after: float) -> Number:
+    """From one number to another, with the decimals that these have."""
+    plain = all(value == 0 or 1e-3 <= abs(value) < 1e4 for value in (before, after))
+    return Number.of(after - before, sign=True, digits=4 if plain else None)
 
 
 def build_page(runs: Sequence[Run], evaluations: Sequence[Evaluation], charts: bool) -> dict[str, Any]:
@@ -183,7 +192,7 @@ def _held_out(run: Run) -> Iterator[dict[str, Any]]:
             "last_step": last_step,
             "first": Number.of(first),
             "last": Number.of(last),
-            "change": Number.of(last - first, sign=True) if len(points) > 1 else None,
+            "change": _change(first, last) if len(points) > 1 else None,
             "low": Number.of(low[-1][1]) if low else None,
             "high": Number.of(high[-1][1]) if high else None,
         }
@@ -301,7 +310,7 @@ def _show_document(document: dict[str, Any], scale: float, run: Run) -> dict[str
         "kind": document["kind"],
         "step": document["step"],
         "length": document["length"],
-        "mean_entropy": Number.of(document["mean_entropy"]),
+        "mean_entropy": Number.of(document["mean_entropy"], digits=2),
         "stretches": stretches,
         "left_out": document["length"] - behind,
         "rollouts": [
@@ -333,18 +342,19 @@ def _show_rollout(rollout: dict[str, Any], number: int, texts: dict[int, str]) -
         "before": "".join(texts.get(place, "") for place in range(p - CONTEXT, p)),
         "cells": cells,
         "cells_left_out": len(rollout["tokens"]) - len(cells),
-        "entropy": Number.of(rollout["entropy"]),
+        "entropy": Number.of(rollout["entropy"], digits=2),
         "percentile": f"{rollout['percentile']:.0f}",
-        "reward": Number.of(float(rollout["reward"])),
-        "advantage": Number.of(float(rollout["advantage"]), sign=True),
+        "reward": Number.of(rollout["reward"], digits=3),
+        "advantage": Number.of(rollout["advantage"], sign=True, digits=2),
         "matches": sum(map(bool, rollout["match"])),
         "length": len(rollout["match"]),
     }
 
 
 def _visible(text: Any) -> str:
-    """A token by itself, its line breaks shown."""
-    return str(text).replace("\n", "⏎").replace("\t", "⇥") or "·"
+    """A token by itself: line breaks shown, and blanks where it has nothing else."""
+    text = str(text).replace("\n", "⏎").replace("\t", "⇥")
+    return text if text.strip() else text.replace(" ", "·") or "-"
 
 
 def _choice(run: Run) -> list[dict[str, Any]]:
@@ -357,7 +367,7 @@ def _choice(run: Run) -> list[dict[str, Any]]:
         first, last = own[0], own[-1]
         rows = []
         for name, value_of in (
-            ("entropy of all its predictions, nats", lambda document: document["mean_entropy"]),
+            ("entropy of all predictions, nats", lambda document: document["mean_entropy"]),
             ("entropy where rollouts begin, nats", lambda document: _mean(document, "entropy")),
             ("predictions less uncertain than there, %", lambda document: _mean(document, "percentile")),
             ("reward", lambda document: _mean(document, "reward")),
@@ -366,7 +376,7 @@ def _choice(run: Run) -> list[dict[str, Any]]:
             ("tokens that are the true ones, share", lambda document: _mean(document, "exact_match")),
         ):
             before, after = float(value_of(first)), float(value_of(last))
-            rows.append((name, Number.of(before), Number.of(after), Number.of(after - before, sign=True)))
+            rows.append((name, Number.of(before), Number.of(after), _change(before, after)))
         positions = [{rollout["position"] for rollout in document["rollouts"]} for document in (first, last)]
         kept = len(positions[0] & positions[1]) if kind == "held-out" else None
         tables.append(

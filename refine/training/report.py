@@ -41,9 +41,10 @@ def print_banner(
         step: updates that were taken before.
     """
     config, batch = model.config, settings.per_device_train_batch_size
-    name = settings.model_name_or_path or (
-        f"a new {settings.model_type}" if settings.model_type else "the tiny model of this package"
-    )
+    kind = getattr(config, "model_type", type(model).__name__)
+    name = f"{settings.model_name_or_path or 'the tiny model of this package'}: {kind}"
+    if settings.model_type:
+        name = f"a new {kind}"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if processes > 1:
         where = f"{processes} processes ({settings.parallel}), {device.type}"
@@ -58,8 +59,7 @@ def print_banner(
     rows = [
         (
             "model",
-            f"{name}: {getattr(config, 'model_type', type(model).__name__)}, {parameters:,} parameters, {where}"
-            f"{', bfloat16' if settings.bf16 else ''}",
+            f"{name}, {parameters:,} parameters, {where}{', bfloat16' if settings.bf16 else ''}",
         ),
         (
             "data",

@@ -61,7 +61,8 @@ def test_a_narrow_terminal_stays_on_one_line():
     terminal, file = opened(40)
     with terminal.progress("mid", 100) as advance:
         advance(1, STATS)
-        terminal.say("this draws the line anew")
+        with terminal.stage("x"):  # draws anew
+            pass
     lines = re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue()))
     assert max(map(cell_len, lines)) <= 40 and any("1/100  loss 3.612" in line for line in lines)
 
@@ -80,10 +81,8 @@ def test_a_file_gets_plain_lines_now_and_then(monkeypatch):
     assert "\x1b" not in text and "\r" not in text
     lines = text.splitlines()
     assert lines[1] == "  model  " + "a/long path/" * 12 and lines[3] == "loading the model"
-    assert lines[4] == "mid update 4/40  loss 3.612  0:36 left" and lines[-2:] == [
-        "mid update 40/40  loss 3.612", "evaluating 3/3",
-    ]  # fmt: skip
-    assert len(lines) == 4 + 10 + 1
+    assert lines[4] == "mid update 4/40  loss 3.612  0:36 left"
+    assert lines[-1] == "mid update 40/40  loss 3.612" and len(lines) == 4 + 10
 
 
 def test_other_ranks_are_silent():
