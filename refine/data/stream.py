@@ -10,6 +10,7 @@ stands in ``sources.py``. Nothing is known here of models, or of what a window i
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import random
@@ -123,8 +124,14 @@ class DataCounts:
     def note(self, row: BadRow) -> None:
         """Count a row that is left out, and name the first."""
         if not self.bad_rows:
-            logger.warning("a row is left out, and any other like it: %s", row.describe())
+            _warn_once(f"a row is left out, and any other like it: {row.describe()}")
         self.bad_rows += 1
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Say it, once a process: a source is read several times, for checks and for each split."""
+    logger.warning("%s", text)
 
 
 _LOOKED_AT = 64  # windows, for answers

@@ -6,6 +6,7 @@ the prompts once and branches (:mod:`refine.method.completions`). Metrics have T
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -90,11 +91,16 @@ class GroupPhase:
         return metrics | {"tokens": prompts + tokens}, draws[-1]
 
     @torch.no_grad()
-    def measure(self, held_out: list[PromptBatch]) -> dict[str, float]:
-        """The rewards of completions of held-out prompts, drawn as in training but with the run's seed alone."""
+    def measure(self, held_out: Iterable[PromptBatch]) -> dict[str, float]:
+        """The rewards of completions of held-out prompts, drawn as in training but with the run's seed alone;
+        ``_low`` and ``_high`` are the ends of the 95 % interval of the mean over prompts."""
         found = [self._complete(batch.to(self.world.device), 0)[1] for batch in held_out]
-        rewards = torch.cat(found)
-        measured = {"eval_reward": self.rewards.total(rewards).mean().item(), "eval_sequences": len(held_out)}
+        each = torch.stack([self.rewards.total(rewards).mean() for rewards in found]).double()  # [prompts]
+        rewards, mean = torch.cat(found), each.mean().item()
+        measured = {"eval_reward": mean, "eval_sequences": len(found)}
+        if len(each) > 1:
+            reach = 1.96 * each.std().item() / len(each) ** 0.5
+            measured |= {"eval_reward_low": mean - reach, "eval_reward_high": mean + reach}
         for name, column in zip(self.rewards.names, rewards.unbind(1)):
             measured[f"eval_rewards/{name}/mean"] = column.nanmean().item()
         return measured
