@@ -104,7 +104,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 
     A text is cut into sentences at its full stops. For every sentence of the reference, the words of its
     longest common subsequences with all sentences of the prediction are united; words are kept as they are written
-    and count once in a whole text. The F is 2 p r / (p + r + 1e-8). A prediction without anything but full stops scores 0.
+    and count once in a whole text. The F is 2 p r / (p + r + 1e-8). A prediction of mere full stops scores 0.
     This is not Lin's sentence-level ROUGE-L that ``rouge-score`` computes: means differ by several points.
 
     Raises:
@@ -172,9 +172,9 @@ def longest_common_subsequence(a: Sequence, b: Sequence) -> int:
 def edit_similarity(prediction: str, references: Sequence[str]) -> float:
     """Similarity of the first line of code to the reference: 1 - (insertions + deletions) / (both lengths).
 
-    In whole percents: the same as ``fuzz.ratio / 100`` of LongBench's script with the package ``Levenshtein`` installed (without it,
-    ``fuzzywuzzy`` falls back on ``difflib``, which is another measure). Lines with a backtick, ``#`` or ``//`` are
-    passed over.
+    In whole percents: the same as ``fuzz.ratio / 100`` of LongBench's script with the package ``Levenshtein``
+    installed (without it, ``fuzzywuzzy`` falls back on ``difflib``, which is another measure). Lines with a
+    backtick, ``#`` or ``//`` are passed over.
     """
     line = first_code_line(prediction)
     return max(_edit_similarity(line, reference) for reference in references)

@@ -15,10 +15,11 @@ Loss = Callable[[], tuple[torch.Tensor, dict[str, Any]]]
 
 
 def adamw(model: torch.nn.Module, settings: Any) -> torch.optim.AdamW:
-    """AdamW as :class:`refine.prepare.OptimizerSettings` say; vectors (norms, decay rates) are not decayed."""
+    """AdamW as :class:`refine.prepare.OptimizerSettings` say."""
+    of_vectors = settings.weight_decay if settings.decay_vectors else 0.0
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": of_vectors},
     ]
     return torch.optim.AdamW(
         groups,

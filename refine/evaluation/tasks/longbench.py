@@ -46,6 +46,9 @@ LONGBENCH_TASKS = {
     "lcc": LongBenchTask(edit_similarity, 64),
     "repobench-p": LongBenchTask(edit_similarity, 64),
 }
+QUESTIONS = tuple(
+    name for name, task in LONGBENCH_TASKS.items() if task.metric is token_f1 and not task.first_line
+)
 LEFT_OUT = ("musique", "gov_report")  # of the paper's average
 PREFIX = "longbench_"
 
@@ -59,6 +62,7 @@ def longbench_items(
     tasks: Sequence[str],
     samples: int | None = None,
     max_prompt_length: int | None = None,
+    add_bos_token: bool = True,
     setting: str = "longbench_files",
 ) -> list[Item]:
     """The questions of these files for the tasks named (as in :data:`LONGBENCH_TASKS`).
@@ -89,8 +93,9 @@ def longbench_items(
                     length=None,
                     score=longbench_score(row),
                     max_new_tokens=new_tokens or LONGBENCH_TASKS[row.task].new_tokens,
-                    make=lambda row=row: make_prompt(row, tokenizer, max_prompt_length),
+                    make=lambda row=row: make_prompt(row, tokenizer, max_prompt_length, add_bos_token),
                     source=row.source,
+                    kind="question" if row.task in QUESTIONS else "document",
                 )
             )
     if not items:
