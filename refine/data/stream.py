@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from refine.data.document import BadRow, DataError, Document, contents_of, stable_hash
+from refine.data.document import BadRow, DataError, Document, contents_of, is_held_out, stable_hash
 from refine.data.encoder import Encoder
 from refine.data.recall_documents import recall_document
 from refine.data.rows import first_line
@@ -462,7 +462,7 @@ def training_stream(
     split_by_hash = config.eval_dataset_name_or_path is None
 
     def keep(document: Document, is_first: bool) -> bool:
-        return not (split_by_hash and _is_held_out(document, is_first, config))
+        return not (split_by_hash and _belongs_to_held_out(document, is_first, config))
 
     if name in BUILT_IN:
         sources = [_built_in(part, config, "train", encode) for part in name.split("+")]
@@ -489,7 +489,7 @@ def held_out_stream(
     name = given or config.dataset_name_or_path or _DEFAULT
 
     def keep(document: Document, is_first: bool) -> bool:
-        return given is not None or _is_held_out(document, is_first, config)
+        return given is not None or _belongs_to_held_out(document, is_first, config)
 
     if name in BUILT_IN:
         reader = _Reader(_built_in(name.split("+")[0], config, "held_out", encode), encode, config, _keep_all)
@@ -522,9 +522,8 @@ def _keep_all(document: Document, is_first: bool) -> bool:
     return True
 
 
-def _is_held_out(document: Document, is_first: bool, config: DataConfig) -> bool:
-    """The split of a user's documents; the first one always trains, so that one is enough."""
-    return not is_first and stable_hash(f"split/{document.name}") < config.eval_fraction * 2**64
+def _belongs_to_held_out(document: Document, is_first: bool, config: DataConfig) -> bool:
+    return is_held_out(stable_hash(f"split/{document.name}"), is_first, config.eval_fraction)
 
 
 def _built_in(name: str, config: DataConfig, split: str, encode: Encoder) -> Source:

@@ -78,7 +78,7 @@ class Phase:
         self.settings, self.model, self.optimizer, self.world = settings, model, optimizer, world
         self.answers = settings.phase == "post"
         self.reference = (
-            load_reference(settings, world) if settings.beta and settings.draws_rollouts else None
+            load_reference(settings, world, model) if settings.beta and settings.draws_rollouts else None
         )
         self.on_text = {"mid": "refine", "sft": "sft", "post": settings.prompt_step}[settings.phase]
 
