@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import sys
 import time
@@ -105,6 +106,8 @@ def train(settings: TrainSettings, run: list[RunFolder] | None = None) -> Path:
     except ValueError as error:
         raise SettingsError(str(error)) from error
     terminal.open(shown=world.is_main)
+    if not world.is_main:
+        logging.getLogger("refine").setLevel(logging.ERROR)  # rank 0 warns of data that all ranks read
     folder = RunFolder(Path(settings.output_dir))
     if run is not None:
         run.append(folder)

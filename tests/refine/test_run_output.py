@@ -15,6 +15,7 @@ from refine.models import new_model
 from refine.prepare import load_model_and_tokenizer
 from refine.terminal import terminal
 from refine.training import samples
+from refine.training.run_folder import MARK
 from refine.training.samples import describe_document, token_texts, write_document
 from refine.training.settings import parse_settings
 from refine.training.tracking import read_metrics
@@ -75,9 +76,17 @@ def test_a_report_that_fails_ends_no_run(tmp_path, text_file, monkeypatch, capsy
 
     monkeypatch.setattr(training, "write_report", fail)
     monkeypatch.setattr(training, "draw_plots", lambda folder: [])
-    assert run(tmp_path / "run", text_file, max_steps=1, save_steps=0) == 0
+    folder = tmp_path / "run"
+    (folder / "samples").mkdir(parents=True)
+    (folder / MARK).write_text('{"checkpoints": []}')  # of an earlier run
+    earlier = [
+        folder / name for name in ("report.html", "samples/step-000003.json", "samples/held-out-000000.json")
+    ]
+    for path in earlier:
+        path.write_text("of the earlier run")
+    assert run(folder, text_file, max_steps=1, save_steps=0, overwrite_output_dir=True) == 0
     assert "no report: ZeroDivisionError: of a chart" in capsys.readouterr().out
-    assert (tmp_path / "run" / "final").is_dir()
+    assert (folder / "final").is_dir() and not any(path.exists() for path in earlier)
 
 
 def test_other_ranks_are_silent(tmp_path, text_file, monkeypatch, capsys):
