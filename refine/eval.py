@@ -22,14 +22,21 @@ from transformers.utils.logging import disable_progress_bar
 from refine.data.recall_documents import recall_items
 from refine.data.stream import DataConfig, held_out_stream
 from refine.environment import versions
-from refine.evaluation.answers import answer_items
-from refine.evaluation.curves import bootstrap_interval, draw_curves, loss_by_position, recall_over_distance
+from refine.evaluation.answers import answer_items, whole_batches
+from refine.evaluation.curves import (
+    bootstrap_interval,
+    draw_curves,
+    entropy_by_position,
+    loss_by_position,
+    recall_over_distance,
+)
 from refine.evaluation.held_out import held_out_by_document
 from refine.evaluation.metrics import wilson_interval
 from refine.evaluation.predictions import RESULTS, Predictions, PredictionsError, check_folder, fingerprint
 from refine.evaluation.recall import evaluate_copying, evaluate_recall
 from refine.evaluation.report import (
     average_scores,
+    describe_model,
     draw_heat_maps,
     score_predictions,
     score_records,
@@ -135,6 +142,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
 
     record = {
         "model": settings.model_name_or_path,
+        "about_model": describe_model(model),
         "results": results,
         "intervals": intervals,
         "scores": score_records(scores),
@@ -170,9 +178,12 @@ def _items(settings: EvalSettings, tokenizer, bad: BadRows) -> list[Item]:
     """Every sample to be answered, by task and length."""
     items: list[Item] = []
     columns = Columns(settings.prompt_column, settings.answer_column, settings.task_column)
-    rest = {"bad": bad, "samples": settings.samples, "max_prompt_length": settings.max_prompt_length}
+    rest = {
+        "bad": bad, "samples": settings.samples, "max_prompt_length": settings.max_prompt_length,
+        "add_bos_token": settings.add_bos_token,
+    }  # fmt: skip
     try:
-        counter, essay = TokenCounter(tokenizer), None
+        counter, essay = TokenCounter(tokenizer, settings.add_bos_token), None
         for name in [task for task in settings.tasks if task in NIAH_TASKS]:
             if NIAH_TASKS[name].haystack == "essay":
                 essay = find_essay(settings.essay_file)
@@ -188,14 +199,17 @@ def _items(settings: EvalSettings, tokenizer, bad: BadRows) -> list[Item]:
                 )
         if asked := [task for task in settings.tasks if task.startswith("ruler_")]:
             of = None if "ruler_qa" in asked else asked
-            items += qa_items(settings.ruler_qa_files, columns, tokenizer, tasks=of, **rest)
+            items += qa_items(
+                settings.ruler_qa_files, columns, tokenizer, tasks=of, lengths=settings.qa_lengths, **rest
+            )
         if asked := [task.removeprefix(PREFIX) for task in settings.tasks if task.startswith(PREFIX)]:
             items += longbench_items(settings.longbench_files, columns, tokenizer, tasks=asked, **rest)
     except ValueError as error:
         raise SettingsError(str(error)) from error
     order = {(item.task, item.length): None for item in items}  # rows of one task may lie apart in the files
     place = {group: number for number, group in enumerate(order)}
-    return sorted(items, key=lambda item: place[item.task, item.length])
+    items = sorted(items, key=lambda item: place[item.task, item.length])
+    return whole_batches(items, settings) if settings.drop_last_batch else items
 
 
 def _identity(settings: EvalSettings, model) -> dict[str, Any]:
@@ -256,6 +270,12 @@ def _curves(model, tokenizer, settings: EvalSettings) -> dict[str, dict[int, tup
         curves["loss_by_position"] = {
             end: (float(losses.mean()), bootstrap_interval(losses)) for end, losses in found.items()
         }
+    if "entropy_by_position" in settings.tasks:
+        documents = _held_out_windows(settings, tokenizer, settings.positions, settings.positions)
+        found = entropy_by_position(model, documents[:count], settings.positions)
+        curves["entropy_by_position"] = {
+            end: (float(own.mean()), bootstrap_interval(own)) for end, own in found.items()
+        }
     return curves
 
 
@@ -279,6 +299,7 @@ def _held_out_text(settings: EvalSettings) -> DataConfig:
         max_length=settings.max_length,
         min_length=settings.min_tokens,
         seed=settings.seed,
+        add_bos_token=settings.add_bos_token,
     )
 
 

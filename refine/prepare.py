@@ -94,6 +94,9 @@ class TextSettings:
     dataset_config: str | None = setting(None, "the configuration of a hub dataset")
     dataset_split: str = setting("train", "the split of a hub dataset")
     text_column: str | None = setting(None, "default: found")
+    add_bos_token: bool | None = setting(
+        None, "texts and prompts begin with the tokens that the tokenizer puts there; default: they do"
+    )
 
 
 @dataclass(kw_only=True)
@@ -104,7 +107,8 @@ class OptimizerSettings:
     adam_beta1: float = setting(0.9, "of the mean of gradients", least=0, under=1)
     adam_beta2: float = setting(0.999, "of the mean of their squares", least=0, under=1)
     adam_epsilon: float = setting(1e-8, "added to the root of that", least=1e-37)
-    weight_decay: float = setting(0.01, "of matrices; vectors are not decayed", least=0)
+    weight_decay: float = setting(0.01, "of matrices", least=0)
+    decay_vectors: bool | None = setting(None, "of norms and decay rates too; default: they are not decayed")
     max_grad_norm: float = setting(0.2, "gradients are clipped to this norm", over=0)
 
 

@@ -47,7 +47,7 @@ from refine.training.report import describe_update, print_banner, print_report
 from refine.training.run_folder import RunFolder
 from refine.training.samples import examine_document, write_document, write_samples
 from refine.training.settings import TrainSettings, parse_settings
-from refine.training.tracking import Tracker, check_reporters
+from refine.training.tracking import Tracker, check_reporters, first_evaluation
 from refine.training.update import adamw
 
 _EXPECTED_AFTER = 10  # updates
@@ -124,9 +124,11 @@ class _Run:
     def __init__(self, settings: TrainSettings, world: World, folder: RunFolder):
         self.settings, self.world, self.folder = settings, world, folder
         self.started = time.perf_counter()
-        self.counters = {"step": 0, "tokens": 0, "sequences": 0, "skipped": 0}
+        # seconds: of draws and updates
+        self.counters = {"step": 0, "tokens": 0, "sequences": 0, "skipped": 0, "seconds": 0.0}
         self.first_step = 0  # of this process
         self.training_began = 0.0
+        self.clock = self.started  # up to here, seconds are counted
         self.skipped_in_a_row = 0
         self.saved_step: int | None = None  # of the last checkpoint
         self.between = False  # amid an update: the optimizer has begun, the counters have not moved
@@ -253,6 +255,7 @@ class _Run:
     def train_on_one_draw(self, batches: Iterator, advance: Callable[[int, str], None]) -> None:
         """The updates that one draw of rollouts serves (one, on-policy), and a checkpoint where one is due."""
         settings, counters = self.settings, self.counters
+        self.clock = time.perf_counter()
         updates = min(settings.num_mini_batches, settings.max_steps - counters["step"])
         saved_before = counters["step"] // settings.save_steps if settings.save_steps else 0
         with self._reading():
@@ -281,6 +284,7 @@ class _Run:
             if self.held_out and settings.eval_steps and counters["step"] % settings.eval_steps == 0 < left:
                 self.log(self.evaluate())
                 self.write_examined()
+                self.clock = time.perf_counter()
         if settings.save_steps and counters["step"] // settings.save_steps > saved_before:
             self.save()
 
@@ -288,6 +292,9 @@ class _Run:
         """Move the counters and the learning rate on, and add them to an update's metrics."""
         counters = self.counters
         counters["step"] += 1
+        now = time.perf_counter()
+        counters["seconds"] += now - self.clock
+        self.clock = now
         self.schedule.step()
         counters["tokens"] += metrics["tokens"]
         if "sequences" in counters:
@@ -299,6 +306,7 @@ class _Run:
             "learning_rate": self.schedule.get_last_lr()[0],
             "tokens_per_second": metrics["tokens"] / max(seconds, 1e-9),
             "total_tokens": counters["tokens"],
+            "train_seconds": counters["seconds"],
             "skipped_updates": counters["skipped"],
         }
 
@@ -414,6 +422,7 @@ class _Run:
                     "the last gradient was 0: has the model collapsed? Look at the loss, and at learning_rate"
                 )
             seconds = time.perf_counter() - self.started
+            before = before or first_evaluation(self.folder.path / "metrics.jsonl", after)
             print_report(self.folder.path, before, after, self.counters, self.stream.counts, made, seconds)
         return final
 

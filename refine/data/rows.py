@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,6 +159,11 @@ class Parquet:
             ) from error
 
 
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    **dict.fromkeys(("test", "validation", "valid", "dev", "eval"), "test"),
+}
 KINDS = {".parquet": Parquet, ".jsonl": JsonLines}
 
 
@@ -183,6 +189,13 @@ def all_rows(path: Path) -> Iterator[Row]:
             yield from (row for _, row in file.rows(unit))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def split_of(path: Path) -> str | None:
+    """``train`` or ``test`` where a file's name says so, as ``qa_4096_1600_train.parquet`` does; else None."""
+    words = re.split(r"[^a-z0-9]+", path.stem.lower())
+    found = {_SPLITS[word] for word in words if word in _SPLITS}
+    return found.pop() if len(found) == 1 else None
 
 
 def first_line(error: BaseException) -> str:

@@ -118,6 +118,17 @@ def score_records(scores: Sequence[Score]) -> list[dict[str, Any]]:
     return [asdict(score) for score in scores]
 
 
+def describe_model(model) -> dict[str, Any]:
+    """What says which model a number is of: its type, sizes and number of parameters (shared ones once)."""
+    config = model.config
+    sizes = {name: getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
+    return {
+        "model_type": config.model_type,
+        **sizes,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
 class NeedleShares(NamedTuple):
     """How many needles of a task were found."""
 

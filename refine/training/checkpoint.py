@@ -9,6 +9,7 @@ are safetensors, and the training state is loaded with ``weights_only=True``.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -305,7 +306,7 @@ def _check_state(state: Any) -> None:
         if not isinstance(state.get(key), dict):
             raise ValueError(f"it has no {key!r}")
     for key, value in state["counters"].items():
-        if not isinstance(value, int) or value < 0:
+        if not isinstance(value, float if key == "seconds" else int) or not 0 <= value < math.inf:
             raise ValueError(f"counters: {key} is {value!r}")
     if not isinstance(state["counters"].get("step"), int):
         raise ValueError("counters has no 'step'")

@@ -26,6 +26,7 @@ from refine.training.text_rewards import TextRewards
 
 PHASES = ("mid", "sft", "post", "grpo")
 SCALES = ("group", "none")
+ANSWER_UPDATES = ("each", "draw")
 PROMPT_STEPS = ("refine", "sft", "none")
 REPORTERS = ("tensorboard", "wandb")
 PARALLEL = ("none", "ddp", "fsdp2", "context")
@@ -44,6 +45,16 @@ class PairSettings:
     question_column: str = setting("question", "with passages_column")
     passages_column: str | None = setting(
         None, "make RULER's QA prompts of these passages, the question, and others' passages"
+    )
+    pair_lengths: list[int] = setting(
+        [], "only rows whose max_seq_length is one of these; default: all", least=1
+    )
+    answer_eos: bool = setting(True, "end-of-text behind each answer is learned too")
+    answer_updates: str = setting(
+        "each",
+        "each: an update on the answers after every update on prompts; draw: one on all pairs that a draw of "
+        "rollouts serves, after their updates",
+        choices=ANSWER_UPDATES,
     )
 
 
@@ -176,6 +187,10 @@ class TrainSettings(
         except ValueError as error:
             raise SettingsError(str(error)) from error
         check_values(self)
+        if self.add_bos_token is None:
+            self.add_bos_token = True
+        if self.decay_vectors is None:
+            self.decay_vectors = False
         if self.model_name_or_path and self.model_type:
             raise SettingsError(
                 "model_name_or_path and model_type exclude each other: a checkpoint or a new model"

@@ -126,6 +126,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return split_metrics(path)[0]
 
 
+def first_evaluation(path: Path, like: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The evaluation that a run began with, of the same measures and as many sequences as ``like``; None: the file
+    has none."""
+    line = next((line for line in read_metrics(path) if "eval_sequences" in line), None)
+    if line is None or not like or line["step"] != 0 or line["eval_sequences"] != like["eval_sequences"]:
+        return None
+    return line if all(isinstance(line.get(name), int | float) for name in like) else None
+
+
 def split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     """The lines of a metrics file, and what else stands in it; a last line that a crash has torn is neither."""
     if not path.is_file():
