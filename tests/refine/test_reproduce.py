@@ -153,6 +153,14 @@ def test_the_papers_protocol_changes_what_it_says():
         assert len(load_row("table5_lact_none", protocol=protocol).stages) == 1 and whole.kind == "eval"
 
 
+def test_rows_are_found_by_name():
+    assert expand_names("table3_lact_refine") == expand_names("configs/paper/table3_lact_refine.yaml")
+    assert len(expand_names("configs/paper/table4_lact_*.yaml")) == 8
+    assert expand_names("figure4_*") == ["figure4_lact", "figure4_delta_net"]
+    with pytest.raises(SettingsError, match="'table3_lact_refin': did you mean 'table3_lact_refine'"):
+        expand_names("table3_lact_refin")
+
+
 def test_processes_keep_the_batch():
     stage = load_row("table3_lact_refine", processes=8).stages[0]
     assert (stage.settings["gradient_accumulation_steps"], stage.settings["parallel"]) == (4, "ddp")
@@ -215,14 +223,12 @@ def test_a_table_end_to_end(tmp_path, capsys, monkeypatch):
     assert len(started) == 4 and len(set(started)) == 4  # the broken one, mid once, two evaluations
     record = json.loads((out / "tables.json").read_text())["needles"]["rows"]
     assert record["broken"]["ours"] == [None] and record["broken"]["state"] == "not run"
-    own = record["REFINE"]
+    own, changed = record["REFINE"], "max_steps=2, lengths=400, samples=2"
     assert own["ours"][0] is not None and own["paper"] == [96.3] and own["is_papers_model"] is False
-    assert (
-        own["cells"][0]["samples"] == 2 and own["changed settings"] == "max_steps=2, lengths=400, samples=2"
-    )
+    assert own["cells"][0]["samples"] == 2 and own["changed settings"] == changed
     text = (out / "tables.md").read_text()
-    assert "| broken, not run here (3) | - |" in text and "| REFINE, paper | 96.3 |" in text
-    assert "| **not DeltaNet-1.3B**: tiny-delta-netREFINE (1) |" in text or "**not DeltaNet-1.3B**" in text
+    assert "| broken, not run here (2) | - |" in text and "| REFINE, paper | 96.3 |" in text
+    assert "| **not DeltaNet-1.3B**: tiny-delta-net, REFINE (1) | " in text
     assert (
         "not the paper's model, DeltaNet-1.3B" in text and "2 samples of niah_single_1 at 400 tokens" in text
     )
