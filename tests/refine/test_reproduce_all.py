@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -47,7 +48,7 @@ class InThisProcess:
 
 @pytest.fixture
 def here(monkeypatch):
-    monkeypatch.setattr(stages.subprocess, "Popen", InThisProcess)
+    monkeypatch.setattr(stages, "subprocess", SimpleNamespace(Popen=InThisProcess, STDOUT=None))
 
 
 @pytest.fixture(scope="module")
