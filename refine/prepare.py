@@ -23,6 +23,7 @@ from refine.finite import first_not_finite
 from refine.method.config import RefineConfig
 from refine.method.rewards import REWARDS, find_reward
 from refine.models import load_model, new_model
+from refine.models.adapters import ALL_LINEAR, add_adapters, holds_adapters, load_adapted
 from refine.settings import SettingsError, setting
 
 BACKENDS = ("triton", "torch", "reference")
@@ -48,6 +49,37 @@ class NewModelSettings:
     model_type: str | None = setting(None, "start from random weights of this type instead of a checkpoint")
     config_overrides: dict[str, Any] = setting({}, "model configuration, as key=value,key=value")
     mimetic_init: bool = setting(False, "begin a new model near in-context recall (arXiv 2410.11135)")
+
+
+@dataclass(kw_only=True)
+class AdapterSettings:
+    """LoRA adapters (arXiv 2106.09685) by PEFT; the names are TRL's."""
+
+    use_peft: bool = setting(False, "train LoRA adapters alone, and save them in PEFT's layout")
+    lora_r: int = setting(16, "rank of the adapters", least=1)
+    lora_alpha: float = setting(32.0, "the adapters' output is scaled by lora_alpha / lora_r", over=0)
+    lora_dropout: float = setting(0.0, "on the adapters' input", least=0, under=1)
+    lora_target_modules: list[str] = setting(
+        [ALL_LINEAR], "names of linear maps, as q_proj,o_proj; all-linear: all but the head"
+    )
+    lora_modules_to_save: list[str] = setting([], "modules that are trained and saved whole")
+
+    def check_adapters(self) -> None:
+        """Whether they fit the other settings.
+
+        Raises:
+            SettingsError: they do not.
+        """
+        unused = AdapterSettings()
+        changed = [name for name, value in vars(unused).items() if getattr(self, name) != value]
+        if changed and not self.use_peft:
+            raise SettingsError(f"{changed[0]} is about LoRA adapters: it needs use_peft")
+        if self.use_peft and getattr(self, "model_type", None):
+            raise SettingsError(
+                "use_peft trains adapters of a model that is there: give model_name_or_path, not model_type"
+            )
+        if ALL_LINEAR in self.lora_target_modules and len(self.lora_target_modules) > 1:
+            raise SettingsError(f"lora_target_modules: {ALL_LINEAR} goes without other names")
 
 
 @dataclass(kw_only=True)
@@ -102,7 +134,7 @@ def load_model_and_tokenizer(
     path = checkpoint or chosen.model_name_or_path or packaged_model()
     _check_readable(Path(path))
     try:
-        model = load_model(path, dtype=torch.float32)
+        model = _load(path, chosen, continued=checkpoint is not None)
     except FileNotFoundError:
         raise
     except (ValueError, OSError) as error:
@@ -117,6 +149,30 @@ def load_model_and_tokenizer(
     tokenizer = _load_tokenizer(chosen.tokenizer_name_or_path or path)
     _check_vocabulary(tokenizer, model.config.vocab_size)
     return model, tokenizer
+
+
+def _load(path: str | Path, chosen: ModelSettings, continued: bool) -> torch.nn.Module:
+    """The model in float32; with ``use_peft``, under adapters: those of the folder, or new ones."""
+    if not getattr(chosen, "use_peft", False):
+        return load_model(path, dtype=torch.float32)
+    if not holds_adapters(path):
+        model = load_model(path, dtype=torch.float32)
+        named = chosen.lora_target_modules
+        return add_adapters(
+            model, path, seed=chosen.seed, r=chosen.lora_r, lora_alpha=chosen.lora_alpha,
+            lora_dropout=chosen.lora_dropout, modules_to_save=chosen.lora_modules_to_save,
+            target_modules=ALL_LINEAR if named == [ALL_LINEAR] else named,
+        )  # fmt: skip
+    model = load_adapted(path, lambda base: load_model(base, dtype=torch.float32))
+    found = model.peft_config["default"]
+    for name in () if continued else ("r", "lora_alpha", "lora_dropout"):
+        given = getattr(chosen, "lora_r" if name == "r" else name)
+        if given != getattr(found, name):
+            raise SettingsError(
+                f"lora_{name.removeprefix('lora_')} is {given:g}, but the adapters in {str(path)!r}, whose "
+                f"training goes on, have {getattr(found, name):g}"
+            )
+    return model
 
 
 def check_environment() -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from refine.data.document import BadRow, DataError, cut_middle, stable_hash
+from refine.data.document import BadRow, DataError, cut_middle, is_held_out, stable_hash
 from refine.data.recall_documents import recall_document, recall_items
 from refine.data.rows import KINDS, all_rows, first_line, split_of
 from refine.data.stream import DataConfig, DataCounts, Example, collate, compare_position
@@ -187,11 +187,6 @@ def encoder(
     return encode, end, end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def is_held_out(key: int, number: int, config: DataConfig) -> bool:
-    """Whether row ``number`` of a file is measured on and not trained on; never the first."""
-    return number > 1 and key < config.eval_fraction * 2**64
-
-
 class _NoPairs(DataError):
     """The file holds no pair for this split."""
 
@@ -210,7 +205,7 @@ def _read(config, columns, tokenizer, split: str) -> tuple[list[Pair], DataCount
     pairs = []
     for number, (prompt, answer) in texts:
         key = stable_hash(f"{Path(source).name}:{number}")
-        if divided and is_held_out(key, number, config) != (split == "held_out"):
+        if divided and is_held_out(key, number == 1, config.eval_fraction) != (split == "held_out"):
             continue
         try:
             ids, reply = encode(prompt), encode(answer_after(prompt, answer), special=False)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from refine.data.document import BadRow, DataError, cut_middle, stable_hash
-from refine.data.pairs import GENERATED, PairStream, encoder, generated_pairs, is_held_out
+from refine.data.document import BadRow, DataError, cut_middle, is_held_out, stable_hash
+from refine.data.pairs import GENERATED, PairStream, encoder, generated_pairs
 from refine.data.rows import all_rows, first_line
 from refine.data.stream import DataConfig, DataCounts, Example, collate
 
@@ -91,7 +91,7 @@ def _read(config: DataConfig, column: str, tokenizer, split: str) -> tuple[list[
     prompts: list[Prompt] = []
     for number, text, columns in rows:
         key = stable_hash(f"{Path(source).name}:{number}")
-        if divided and is_held_out(key, number, config) != (split == "held_out"):
+        if divided and is_held_out(key, number == 1, config.eval_fraction) != (split == "held_out"):
             continue
         try:
             ids = encode(text)

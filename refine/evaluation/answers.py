@@ -8,7 +8,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from refine.data.document import stable_hash
 from refine.evaluation.generation import Sampling, generate
@@ -17,6 +16,7 @@ from refine.evaluation.prompt_training import PromptTrainer
 from refine.evaluation.settings import EvalSettings
 from refine.evaluation.tasks.item import Item, Prompt
 from refine.settings import SettingsError
+from refine.terminal import terminal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +40,7 @@ def answer_items(
     """
     trainer = prompt_trainer(model, settings) if settings.ttt != "none" else None
     end_ids = end_tokens(model, tokenizer)
-    with tqdm(total=len(items), desc="answers", unit="sample", disable=None) as bar:
+    with terminal.progress("answers", len(items), unit="") as advance:
         for batch in _batches(items, settings):
             missing = [item for item in batch if item.key not in predictions.lines]
             if missing or settings.ttt_restore == "never":
@@ -53,7 +53,7 @@ def answer_items(
                             for item, prompt, answer in zip(batch, prompts, answers)
                         ]
                         predictions.add([line for line in lines if line["key"] not in predictions.lines])
-            bar.update(len(batch))
+            advance(len(batch), "")
     return trainer
 
 

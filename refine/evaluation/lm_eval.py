@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from refine.evaluation.report import describe_model, versions
+from refine.environment import versions
+from refine.evaluation.report import describe_model
 from refine.files import why, write_whole
 from refine.prepare import ModelSettings, choose_device, load_model_and_tokenizer
 from refine.settings import SettingsError, build, check_values, read_command_line, read_file, setting

@@ -1,7 +1,7 @@
 """Test-time training: a few steps on the prompts themselves, answers, and the weights back as they were.
 
-What is restored is everything that training touches: parameters, buffers, the optimizer's state, gradients and
-the mode, bit for bit, whatever happens in between.
+What is restored is everything that training touches: trained parameters (with LoRA these are the adapters alone),
+buffers, the optimizer's state, gradients and the mode, bit for bit, whatever happens in between.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ class Snapshot:
         self._model.train(self._training)
 
     def _live(self) -> list[torch.Tensor]:
-        return [*self._model.parameters(), *self._model.buffers()]
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        return [*trained, *self._model.buffers()]
 
 
 def _cloned(state: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from refine.evaluation.tasks.niah import NIAH_TASKS, WORDINGS
 from refine.evaluation.tasks.qa import QA_TASKS
 from refine.evaluation.tasks.ruler import RULER_TASKS
 from refine.method.config import RefineConfig
-from refine.prepare import ModelSettings, OptimizerSettings, TextSettings
+from refine.prepare import AdapterSettings, ModelSettings, OptimizerSettings, TextSettings
 from refine.settings import (
     SettingsError,
     build,
@@ -59,14 +59,15 @@ FREE_ON_RESUME = ("output_dir", "resume", "overwrite_output_dir", "device", "bat
 
 
 @dataclass(kw_only=True)
-class EvalSettings(RefineConfig, ModelSettings, TextSettings, OptimizerSettings):
+class EvalSettings(RefineConfig, ModelSettings, AdapterSettings, TextSettings, OptimizerSettings):
     """Everything that ``python -m refine.eval`` can be told; the method's own settings are inherited.
 
     Where two numbers differ from training's, they are the paper's for test-time training.
     """
 
     GROUPS: ClassVar[dict[str, type]] = {
-        "method": RefineConfig, "model": ModelSettings, "data": TextSettings, "optimizer": OptimizerSettings
+        "method": RefineConfig, "model": ModelSettings, "adapters": AdapterSettings,
+        "data": TextSettings, "optimizer": OptimizerSettings
     }  # fmt: skip
     ALIASES: ClassVar[dict[str, str]] = {"model": "model_name_or_path"}
 
@@ -185,6 +186,9 @@ class EvalSettings(RefineConfig, ModelSettings, TextSettings, OptimizerSettings)
             asking = [task for task in self.tasks if task.startswith(needed_by)]
             if asking and not getattr(self, name):
                 raise SettingsError(f"task {asking[0]} needs {name}: .parquet or .jsonl files, or a folder")
+        self.check_adapters()
+        if self.use_peft and self.ttt == "none":
+            raise SettingsError("use_peft is about test-time training: give ttt, or leave it out")
         if (self.resume or self.overwrite_output_dir) and self.output_dir is None:
             raise SettingsError("resume and overwrite_output_dir are about the files in output_dir: give it")
         if self.resume and self.overwrite_output_dir:

@@ -7,6 +7,7 @@ one of these, or none, on the prompts of a batch of pairs, and then a step on th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
@@ -78,7 +79,7 @@ class Phase:
         self.settings, self.model, self.optimizer, self.world = settings, model, optimizer, world
         self.answers = settings.phase == "post"
         self.reference = (
-            load_reference(settings, world) if settings.beta and settings.draws_rollouts else None
+            load_reference(settings, world, model) if settings.beta and settings.draws_rollouts else None
         )
         self.waiting: list[PairBatch] = []  # pairs whose answers are learned once the draw's updates are done
         self.updates_left = 0  # of the draw
@@ -111,7 +112,7 @@ class Phase:
         return metrics, last
 
     @torch.no_grad()
-    def measure(self, held_out: list[Batch | PairBatch]) -> dict[str, float]:
+    def measure(self, held_out: Iterable[Batch | PairBatch]) -> dict[str, float]:
         """What is measured of held-out data besides its text: the answers' loss, in nats per token."""
         if not self.answers:
             return {}
@@ -242,6 +243,7 @@ def _measures(output: RefineStepOutput, batch: Batch, packed: bool) -> dict[str,
         "cosine": output.cosine.mean(),
         "exact_match": output.exact_match.mean(),
         "entropy": (output.entropy if packed else output.entropy[batch.attention_mask.bool()]).mean(),
+        "chosen_entropy": output.chosen_entropy.mean(),
         "clip_fraction": output.clip_fraction,
         "rollout_length": output.rollout_lengths.float().mean(),
     }

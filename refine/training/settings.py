@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from refine.data.curriculum import check_lengths
 from refine.method.config import RefineConfig
 from refine.models.registry import ENTRIES, resolve_type
-from refine.prepare import ModelSettings, NewModelSettings, OptimizerSettings, TextSettings
+from refine.prepare import AdapterSettings, ModelSettings, NewModelSettings, OptimizerSettings, TextSettings
 from refine.settings import (
     SettingsError,
     build,
@@ -112,6 +112,7 @@ class TrainSettings(
     RefineConfig,
     ModelSettings,
     NewModelSettings,
+    AdapterSettings,
     StreamSettings,
     PairSettings,
     GroupSettings,
@@ -124,7 +125,8 @@ class TrainSettings(
     """
 
     GROUPS: ClassVar[dict[str, type]] = {
-        "method": RefineConfig, "model": ModelSettings, "new_model": NewModelSettings, "data": StreamSettings,
+        "method": RefineConfig, "model": ModelSettings, "new_model": NewModelSettings,
+        "adapters": AdapterSettings, "data": StreamSettings,
         "pairs": PairSettings, "groups": GroupSettings, "optimizer": OptimizerSettings,
     }  # fmt: skip
     ALIASES: ClassVar[dict[str, str]] = {
@@ -228,6 +230,7 @@ class TrainSettings(
                 "num_mini_batches is about rollouts: it must be 1 with phase sft and without prompt_step refine"
             )
         self._check_groups()
+        self.check_adapters()
 
     def _check_groups(self) -> None:
         if self.phase != "grpo":
