@@ -12,7 +12,7 @@ import refine
 from refine import reproduce
 from refine.paper.tables import columns_of
 from refine.reproduce import PUBLISHED as PAPER_NUMBERS
-from refine.reproduce import Stage, load_published, load_row, make_tables, row_names
+from refine.reproduce import Stage, expand_names, load_published, load_row, make_tables, row_names
 from refine.settings import SettingsError, build
 from refine.training.settings import TrainSettings
 
