@@ -160,4 +160,4 @@ def _plain(value: Any) -> Any:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value
+    return [_plain(one) for one in value] if isinstance(value, list) else value
