@@ -51,10 +51,10 @@ reproduce-small: setup
 # The recipe of the model inside the package: tokenizer, next-token training, float16 weights, report.
 pretrain-tiny: setup
 	$(BIN)/python -m refine.data.tokenizer --output_dir runs/tiny-tokenizer
-	$(BIN)/python -m refine.train --config configs/pretrain_tiny_1.yaml --overwrite_output_dir
-	$(BIN)/python -m refine.train --config configs/pretrain_tiny_2.yaml --overwrite_output_dir
-	$(BIN)/python -m refine.train --config configs/pretrain_tiny_3.yaml --overwrite_output_dir
-	$(BIN)/python -m refine.train --config configs/pretrain_tiny_4.yaml --overwrite_output_dir
+	$(BIN)/python -m refine.train --config pretrain_tiny_1 --overwrite_output_dir
+	$(BIN)/python -m refine.train --config pretrain_tiny_2 --overwrite_output_dir
+	$(BIN)/python -m refine.train --config pretrain_tiny_3 --overwrite_output_dir
+	$(BIN)/python -m refine.train --config pretrain_tiny_4 --overwrite_output_dir
 	$(BIN)/python -m refine.models.export --model runs/pretrain-tiny-4/final --output_dir runs/tiny-delta-net
 	$(BIN)/python -m refine.eval --model runs/tiny-delta-net
 	$(BIN)/python -m refine.eval --model runs/tiny-delta-net --tasks niah_single_1 niah_single_2 niah_multikey_1 --lengths 1024 2048 --samples 200

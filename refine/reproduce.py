@@ -31,6 +31,7 @@ from refine.settings import (
     kinds_of,
     nearest,
     read_command_line,
+    read_file,
     read_mapping,
     read_yaml,
     setting,
@@ -45,6 +46,14 @@ PLACEHOLDERS = ("model", "text", "qa_train", "qa_test", "longbench")
 PAPER = resources.files("refine") / "assets" / "paper_rows.yaml"
 PUBLISHED = resources.files("refine") / "assets" / "paper_numbers.yaml"
 Texts = list[str]  # Options has a setting of the name "list"
+EXAMPLES = (
+    ("which rows there are", "refine reproduce '*' --list"),
+    (
+        "what one row would run",
+        "refine reproduce table3_lact_refine --model MODEL --text TEXT --qa_train PAIRS --qa_test ROWS --dry_run",
+    ),
+    ("print the tables from what is there", "refine reproduce '*' --print_tables"),
+)
 # How and where a stage runs; nothing that its result is named by.
 _FREE = ("output_dir", "overwrite_output_dir", "resume", "resume_from_checkpoint", "device")
 
@@ -53,7 +62,7 @@ _FREE = ("output_dir", "overwrite_output_dir", "resume", "resume_from_checkpoint
 class Options:
     """Everything that ``python -m refine.reproduce`` can be told."""
 
-    ALIASES: ClassVar[dict[str, str]] = {}
+    ALIASES: ClassVar[dict[str, str]] = {"model_name_or_path": "model", "dataset_name_or_path": "text"}
 
     rows: Texts = setting([], "names of the paper's rows (with * for several), or YAML files, in this order")
     output_dir: str = setting("runs/paper", "stages, logs, tables.md, tables.json")
@@ -140,11 +149,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; 0 when every row is there, 1 when one failed, 2 when it could not begin."""
     try:
         given = read_command_line(
-            Options, sys.argv[1:] if arguments is None else arguments, "python -m refine.reproduce",
+            Options, sys.argv[1:] if arguments is None else arguments, "refine reproduce",
             "Run rows of the paper's tables (arXiv 2602.16704) and print them beside the paper's numbers.",
-            words_are="rows",
+            words_are="rows", examples=EXAMPLES,
         )  # fmt: skip
-        return reproduce(build(Options, given))
+        path = given.pop("config", None)
+        return reproduce(build(Options, ({} if path is None else read_file(Options, path)) | given))
     except SettingsError as error:
         print(f"refine.reproduce: {error}", file=sys.stderr)
         return 2

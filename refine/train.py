@@ -14,6 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from refine.commands import answer_help
+
+if __name__ == "__main__":
+    answer_help("train", sys.argv[1:])  # before the seconds that the imports below take
+
 import torch
 from tqdm import tqdm
 from transformers import get_scheduler

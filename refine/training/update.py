@@ -15,7 +15,7 @@ Loss = Callable[[], tuple[torch.Tensor, dict[str, Any]]]
 
 
 def adamw(model: torch.nn.Module, settings: Any) -> torch.optim.AdamW:
-    """AdamW as :class:`refine.prepare.OptimizerSettings` say; vectors (norms, decay rates) are not decayed."""
+    """AdamW as ``OptimizerSettings`` say; vectors (norms, decay rates) are not decayed."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
