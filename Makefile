@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable
 
-.PHONY: setup train test test-all test-faults test-releases lint format bench reproduce-small pretrain-tiny clean
+.PHONY: setup train test test-all test-faults test-releases lint format docs bench reproduce-small pretrain-tiny clean
 
 setup: $(VENV)/.installed
 
@@ -41,6 +41,10 @@ test-faults: setup
 test-releases: setup
 	$(BIN)/python -m tests.releases
 
+# The pages and the API reference as a site, site/index.html; a link that leads nowhere is an error.
+docs: setup
+	$(BIN)/python -m mkdocs build --strict
+
 bench: setup
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
@@ -60,4 +64,4 @@ pretrain-tiny: setup
 	$(BIN)/python -m refine.eval --model runs/tiny-delta-net --tasks niah_single_1 niah_single_2 niah_multikey_1 --lengths 1024 2048 --samples 200
 
 clean:
-	rm -rf $(VENV) runs .benchmarks .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) runs .benchmarks .pytest_cache .ruff_cache build dist site *.egg-info

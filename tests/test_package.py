@@ -98,10 +98,22 @@ def test_the_commands_run_from_another_folder(installed, tmp_path):
     rows = refine(installed, tmp_path, "reproduce", "table3_*", "--list")
     assert rows.returncode == 0 and "table3_lact_refine" in rows.stdout
     (tmp_path / "text.md").write_text("The grass is green, and the sky is blue. " * 200)
-    small = ("--dataset_name_or_path", "text.md", "--max_steps", "1", "--max_length", "256", "--output_dir", "here")
+    small = (
+        "--dataset_name_or_path",
+        "text.md",
+        "--max_steps",
+        "1",
+        "--max_length",
+        "256",
+        "--output_dir",
+        "here",
+    )
     ran = refine(installed, tmp_path, "train", *small)
     assert ran.returncode == 0, ran.stderr
-    assert (tmp_path / "here" / "final" / "config.json").is_file() and set(os.listdir(tmp_path)) == {"here", "text.md"}
+    assert (tmp_path / "here" / "final" / "config.json").is_file() and set(os.listdir(tmp_path)) == {
+        "here",
+        "text.md",
+    }
     measured = refine(
         installed, tmp_path, "eval", "--model", "here/final", "--tasks", "copying", "--samples", "2"
     )

@@ -19,7 +19,7 @@ import torch
 
 from refine.data.document import BadRow, DataError, cut_middle, stable_hash
 from refine.data.recall_documents import recall_document, recall_items
-from refine.data.rows import KINDS, all_rows, first_line
+from refine.data.rows import ROW_KINDS, all_rows, first_line, is_file_of_rows
 from refine.data.stream import DataConfig, DataCounts, Example, collate, compare_position
 
 if TYPE_CHECKING:
@@ -257,8 +257,8 @@ def _from_file(
 
     if not path.is_file():
         raise DataError(f"dataset_name_or_path: there is no file {str(path)!r}")
-    if path.suffix.lower() not in KINDS:
-        raise DataError(f"pairs are read from {' and '.join(KINDS)} files, got {str(path)!r}")
+    if not is_file_of_rows(path):
+        raise DataError(f"pairs are read from {', '.join(ROW_KINDS)} files, got {str(path)!r}")
     rows = list(all_rows(path))
     present = {name for row in rows if isinstance(row, dict) for name in row}
     missing = [name for name in columns.needed if name not in present]
