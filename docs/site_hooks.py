@@ -1,4 +1,4 @@
-"""What the site adds to the folder docs/: pages that lie elsewhere in the repository, and links that follow them."""
+"""What the site adds to docs/: pages that lie elsewhere in the repository, and links that follow them."""
 
 from __future__ import annotations
 
