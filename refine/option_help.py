@@ -45,7 +45,7 @@ def print_help(
     own = {f.name: f for f in dataclasses.fields(cls)}
     grouped = {f.name for group in groups.values() for f in dataclasses.fields(group)}
     first = parser.add_argument_group("command")
-    first.add_argument("--config", metavar="FILE", help=_CONFIG)
+    first.add_argument("--config", metavar="FILE", help=getattr(cls, "ABOUT_CONFIG", _CONFIG))
     first.add_argument("--help", action="store_true", help="show this and end")
     for name, field in own.items():
         if name not in grouped:
@@ -57,7 +57,7 @@ def print_help(
     parser.print_help()
 
 
-_CONFIG = "a YAML file of settings, or the name of a recipe of this package; the command line goes over it"
+_CONFIG = "a YAML file of settings; the command line goes over it"
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

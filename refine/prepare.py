@@ -22,6 +22,7 @@ from refine.finite import first_not_finite
 from refine.method.config import RefineConfig
 from refine.method.rewards import REWARDS, find_reward
 from refine.models import load_model, new_model
+from refine.models.adapters import ALL_LINEAR, add_adapters, holds_adapters, load_adapted
 from refine.settings import SettingsError
 from refine.shared_settings import ModelSettings, NewModelSettings
 
@@ -50,7 +51,7 @@ def load_model_and_tokenizer(
     path = checkpoint or chosen.model_name_or_path or packaged_model()
     _check_readable(Path(path))
     try:
-        model = load_model(path, dtype=torch.float32)
+        model = _load(path, chosen, continued=checkpoint is not None)
     except FileNotFoundError:
         raise
     except (ValueError, OSError) as error:
@@ -65,6 +66,30 @@ def load_model_and_tokenizer(
     tokenizer = _load_tokenizer(chosen.tokenizer_name_or_path or path)
     _check_vocabulary(tokenizer, model.config.vocab_size)
     return model, tokenizer
+
+
+def _load(path: str | Path, chosen: ModelSettings, continued: bool) -> torch.nn.Module:
+    """The model in float32; with ``use_peft``, under adapters: those of the folder, or new ones."""
+    if not getattr(chosen, "use_peft", False):
+        return load_model(path, dtype=torch.float32)
+    if not holds_adapters(path):
+        model = load_model(path, dtype=torch.float32)
+        named = chosen.lora_target_modules
+        return add_adapters(
+            model, path, seed=chosen.seed, r=chosen.lora_r, lora_alpha=chosen.lora_alpha,
+            lora_dropout=chosen.lora_dropout, modules_to_save=chosen.lora_modules_to_save,
+            target_modules=ALL_LINEAR if named == [ALL_LINEAR] else named,
+        )  # fmt: skip
+    model = load_adapted(path, lambda base: load_model(base, dtype=torch.float32))
+    found = model.peft_config["default"]
+    for name in () if continued else ("r", "lora_alpha", "lora_dropout"):
+        given = getattr(chosen, "lora_r" if name == "r" else name)
+        if given != getattr(found, name):
+            raise SettingsError(
+                f"lora_{name.removeprefix('lora_')} is {given:g}, but the adapters in {str(path)!r}, whose "
+                f"training goes on, have {getattr(found, name):g}"
+            )
+    return model
 
 
 def check_environment() -> None:

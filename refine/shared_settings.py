@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from refine.settings import setting
+from refine.settings import SettingsError, setting
+
+ALL_LINEAR = "all-linear"  # PEFT's name for every linear map but the head
 
 
 @dataclass(kw_only=True)
@@ -31,6 +33,37 @@ class NewModelSettings:
 
 
 @dataclass(kw_only=True)
+class AdapterSettings:
+    """LoRA adapters (arXiv 2106.09685) by PEFT; the names are TRL's."""
+
+    use_peft: bool = setting(False, "train LoRA adapters alone, and save them in PEFT's layout")
+    lora_r: int = setting(16, "rank of the adapters", least=1)
+    lora_alpha: float = setting(32.0, "the adapters' output is scaled by lora_alpha / lora_r", over=0)
+    lora_dropout: float = setting(0.0, "on the adapters' input", least=0, under=1)
+    lora_target_modules: list[str] = setting(
+        [ALL_LINEAR], "names of linear maps, as q_proj,o_proj; all-linear: all but the head"
+    )
+    lora_modules_to_save: list[str] = setting([], "modules that are trained and saved whole")
+
+    def check_adapters(self) -> None:
+        """Whether they fit the other settings.
+
+        Raises:
+            SettingsError: they do not.
+        """
+        unused = AdapterSettings()
+        changed = [name for name, value in vars(unused).items() if getattr(self, name) != value]
+        if changed and not self.use_peft:
+            raise SettingsError(f"{changed[0]} is about LoRA adapters: it needs use_peft")
+        if self.use_peft and getattr(self, "model_type", None):
+            raise SettingsError(
+                "use_peft trains adapters of a model that is there: give model_name_or_path, not model_type"
+            )
+        if ALL_LINEAR in self.lora_target_modules and len(self.lora_target_modules) > 1:
+            raise SettingsError(f"lora_target_modules: {ALL_LINEAR} goes without other names")
+
+
+@dataclass(kw_only=True)
 class TextSettings:
     """What text to read."""
 
@@ -45,6 +78,9 @@ class TextSettings:
     text_column: str | None = setting(
         None, "of a table; default: text, else the column with the longest text"
     )
+    add_bos_token: bool | None = setting(
+        None, "texts and prompts begin with the tokens that the tokenizer puts there; default: they do"
+    )
 
 
 @dataclass(kw_only=True)
@@ -55,5 +91,6 @@ class OptimizerSettings:
     adam_beta1: float = setting(0.9, "of the mean of gradients", least=0, under=1)
     adam_beta2: float = setting(0.999, "of the mean of their squares", least=0, under=1)
     adam_epsilon: float = setting(1e-8, "added to the root of that", least=1e-37)
-    weight_decay: float = setting(0.01, "of matrices; vectors are not decayed", least=0)
+    weight_decay: float = setting(0.01, "of matrices", least=0)
+    decay_vectors: bool | None = setting(None, "of norms and decay rates too; default: they are not decayed")
     max_grad_norm: float = setting(0.2, "gradients are clipped to this norm", over=0)

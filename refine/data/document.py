@@ -58,6 +58,17 @@ def stable_hash(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
+def is_held_out(key: int, first: bool, fraction: float) -> bool:
+    """Whether a user's document or row is measured on and not trained on.
+
+    Args:
+        key: a :func:`stable_hash` that identifies it.
+        first: whether it is the first of its source, which always trains, so that one is enough.
+        fraction: of all that is held out.
+    """
+    return not first and key < fraction * 2**64
+
+
 def content_of(path: Path) -> str:
     """A file's size and a hash of its content: of all of it up to 16 MiB, beyond that of 64 stretches of it."""
     size, found = path.stat().st_size, hashlib.blake2b(digest_size=8)

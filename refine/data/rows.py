@@ -13,6 +13,7 @@ import csv
 import itertools
 import json
 import logging
+import re
 import shutil
 import tempfile
 import zlib
@@ -313,6 +314,13 @@ class Parquet:
             ) from error
 
 
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    **dict.fromkeys(("test", "validation", "valid", "dev", "eval"), "test"),
+}
+
+
 def is_file_of_rows(path: Path) -> bool:
     """Whether a file's name says that it holds rows."""
     return kind_of(path) in ROW_KINDS
@@ -349,6 +357,13 @@ def all_rows(path: Path) -> Iterator[Row]:
             yield from (row for _, row in file.rows(unit))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def split_of(path: Path) -> str | None:
+    """``train`` or ``test`` where a file's name says so, as ``qa_4096_1600_train.parquet`` does; else None."""
+    words = re.split(r"[^a-z0-9]+", path.name.lower())
+    found = {_SPLITS[word] for word in words if word in _SPLITS}
+    return found.pop() if len(found) == 1 else None
 
 
 def first_line(error: BaseException) -> str:

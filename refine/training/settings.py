@@ -21,11 +21,18 @@ from refine.settings import (
     read_file,
     setting,
 )
-from refine.shared_settings import ModelSettings, NewModelSettings, OptimizerSettings, TextSettings
+from refine.shared_settings import (
+    AdapterSettings,
+    ModelSettings,
+    NewModelSettings,
+    OptimizerSettings,
+    TextSettings,
+)
 from refine.training.text_rewards import TextRewards
 
 PHASES = ("mid", "sft", "post", "grpo")
 SCALES = ("group", "none")
+ANSWER_UPDATES = ("each", "draw")
 PROMPT_STEPS = ("refine", "sft", "none")
 REPORTERS = ("tensorboard", "wandb")
 PARALLEL = ("none", "ddp", "fsdp2", "context")
@@ -60,6 +67,16 @@ class PairSettings:
     question_column: str = setting("question", "with passages_column")
     passages_column: str | None = setting(
         None, "make RULER's QA prompts of these passages, the question, and others' passages"
+    )
+    pair_lengths: list[int] = setting(
+        [], "only rows whose max_seq_length is one of these; default: all", least=1
+    )
+    answer_eos: bool = setting(True, "end-of-text behind each answer is learned too")
+    answer_updates: str = setting(
+        "each",
+        "each: an update on the answers after every update on prompts; draw: one on all pairs that a draw of "
+        "rollouts serves, after their updates",
+        choices=ANSWER_UPDATES,
     )
 
 
@@ -180,6 +197,7 @@ class TrainSettings(
     RefineConfig,
     ModelSettings,
     NewModelSettings,
+    AdapterSettings,
     StreamSettings,
     PairSettings,
     GroupSettings,
@@ -194,10 +212,13 @@ class TrainSettings(
     values (AdamW 1e-6, betas 0.9 and 0.999, weight decay 0.01, gradient clip 0.2).
     """
 
+    ABOUT_CONFIG: ClassVar[str] = (
+        "a YAML file of settings, or the name of a recipe of this package; the command line goes over it"
+    )
     GROUPS: ClassVar[dict[str, type]] = {
         "run": RunSettings, "model": ModelSettings, "data": StreamSettings, "updates": UpdateSettings,
         "optimizer": OptimizerSettings, "method": RefineConfig, "reports": ReportSettings,
-        "new_model": NewModelSettings, "pairs": PairSettings, "groups": GroupSettings,
+        "adapters": AdapterSettings, "new_model": NewModelSettings, "pairs": PairSettings, "groups": GroupSettings,
     }  # fmt: skip
     ALIASES: ClassVar[dict[str, str]] = {
         "model": "model_name_or_path", "loss_type": "objective", "epsilon": "clip_range",
@@ -215,6 +236,10 @@ class TrainSettings(
                 "resume_from_checkpoint must be auto (the newest checkpoint of output_dir), none or a checkpoint's "
                 f"folder, got {self.resume_from_checkpoint!r}"
             )
+        if self.add_bos_token is None:
+            self.add_bos_token = True
+        if self.decay_vectors is None:
+            self.decay_vectors = False
         if self.model_name_or_path and self.model_type:
             raise SettingsError(
                 "model_name_or_path and model_type exclude each other: a checkpoint or a new model"
@@ -254,6 +279,7 @@ class TrainSettings(
                 "num_mini_batches is about rollouts: it must be 1 with phase sft and without prompt_step refine"
             )
         self._check_groups()
+        self.check_adapters()
 
     def _check_groups(self) -> None:
         if self.phase != "grpo":

@@ -389,7 +389,7 @@ def test_a_reward_that_changes_its_inputs_changes_nothing(tmp_path, text_file, m
 
 def test_torn_lines_at_the_end_are_no_lines(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st')
-    assert tracking._split(tmp_path / "metrics.jsonl") == ([{"step": 1}], [])
+    assert tracking.split_metrics(tmp_path / "metrics.jsonl") == ([{"step": 1}], [])
 
 
 def test_a_signal_with_the_last_update_saves_and_leaves_the_evaluation_for_later(
