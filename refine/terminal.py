@@ -2,15 +2,17 @@
 
 One process has one :data:`terminal`, which shows nothing until a command opens it, and nothing on ranks other than
 0. On a real terminal progress is a line at its foot that fits the width; where output goes into a file or a pipe,
-it is a plain line now and then. Everything goes to standard output.
+it is a plain line now and then. Everything goes to standard output; where that is closed or full, nothing more is
+shown and the work goes on.
 """
 
 from __future__ import annotations
 
+import os
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from rich.console import Console
@@ -23,6 +25,13 @@ _SHORTEST_BAR = 6  # columns
 _OFTEN, _SELDOM = 2.0, 30.0  # seconds between two plain lines: at least, and at most while something is done
 
 
+class _Console(Console):
+    """A console whose closed pipe is an error like any other, and not the end of the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
 class Terminal:
     """The terminal of this process.
 
@@ -33,7 +42,7 @@ class Terminal:
 
     def __init__(self, shown: bool = False, console: Console | None = None):
         self.shown = shown
-        self._console = console or Console(highlight=False, markup=False, emoji=False)
+        self._console = console or _Console(highlight=False, markup=False, emoji=False)
         self._progress: Progress | None = None
 
     def open(self, shown: bool = True) -> None:
@@ -48,8 +57,14 @@ class Terminal:
 
     def say(self, text: str = "", bold: bool = False) -> None:
         """A line, or several."""
-        if self.shown:
+        if not self.shown:
+            return
+        try:
             self._console.print(text, style="bold" if bold else None, soft_wrap=True)
+        except OSError:
+            self.shown = False
+            with suppress(OSError, ValueError):  # nor does Python fail at its end to write what is left
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._console.file.fileno())
 
     def banner(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
         """What is about to happen: a title, and rows of a name and its sentence, wrapped to the width."""

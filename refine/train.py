@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,8 @@ def train(settings: TrainSettings, run: list[RunFolder] | None = None) -> Path:
     except ValueError as error:
         raise SettingsError(str(error)) from error
     terminal.open(shown=world.is_main)
+    if not world.is_main:
+        logging.getLogger("refine").setLevel(logging.ERROR)  # rank 0 warns of data that all ranks read
     folder = RunFolder(Path(settings.output_dir))
     if run is not None:
         run.append(folder)
@@ -232,7 +235,7 @@ class _Run:
         elif settings.resume_from_checkpoint == "auto":
             terminal.say(f"no checkpoint in {self.folder.path}: starting anew")
         write_whole(self.folder.path / "config.yaml", to_yaml(settings))
-        self._write_environment()
+        self._write_environment(anew=found is None)
         self.tracker = Tracker(
             self.folder.path, settings.report_to, settings.run_name, dataclasses.asdict(settings), step,
             closed=step >= settings.max_steps,
@@ -475,16 +478,20 @@ class _Run:
             terminal.say(f"no report: {type(error).__name__}: {why(error)}")
         return made
 
-    def _write_environment(self) -> None:
-        """What the numbers of this run are made with."""
+    def _write_environment(self, anew: bool) -> None:
+        """What the numbers of this run are made with; a run that goes on keeps when it began."""
+        path, begun = self.folder.path / "environment.json", time.strftime("%Y-%m-%d %H:%M:%S %z")
+        if not anew and path.is_file():
+            with suppress(ValueError, TypeError, KeyError, OSError):
+                begun = json.loads(path.read_text(encoding="utf-8"))["begun"]
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         about = {
-            "begun": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "begun": begun,
             "parameters": parameters,
             "machine": describe_machine(self.world.device, self.world.size),
             "versions": versions(),
         }
-        write_whole(self.folder.path / "environment.json", json.dumps(about, indent=2) + "\n")
+        write_whole(path, json.dumps(about, indent=2) + "\n")
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

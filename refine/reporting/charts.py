@@ -33,7 +33,7 @@ _SIZE = (4.3, 2.5)  # inches
 class Curve(NamedTuple):
     """One line of a chart."""
 
-    label: str
+    label: str  # empty: not in the legend
     points: list[tuple[int, float]]  # (update, value)
     color: int  # number of a series
     dots: bool = False  # single measurements, joined by a thin line
@@ -86,13 +86,15 @@ def draw_curves(name: str, curves: Sequence[Curve], up: str, logarithmic: bool =
             line = thin(curve.points)
             if line.per_point > 1:
                 axes.fill_between(line.steps, line.least, line.most, color=color, alpha=0.18, linewidth=0)
-                axes.plot(line.steps, line.mean, color=color, linewidth=1.4, label=curve.label)
+                axes.plot(line.steps, line.mean, color=color, linewidth=1.4, label=curve.label or None)
                 continue
             if not curve.smooth:
-                axes.plot(line.steps, line.mean, color=color, linewidth=1.6, label=curve.label)
+                axes.plot(line.steps, line.mean, color=color, linewidth=1.6, label=curve.label or None)
                 continue
             axes.plot(line.steps, line.mean, color=color, linewidth=0.8, alpha=pale)
-            axes.plot(line.steps, running_mean(line.mean), color=color, linewidth=1.6, label=curve.label)
+            axes.plot(
+                line.steps, running_mean(line.mean), color=color, linewidth=1.6, label=curve.label or None
+            )
         values = [value for curve in curves for _, value in curve.points]
         if logarithmic and min(values) > 0 and max(values) > 20 * min(values):
             axes.set_yscale("log")
@@ -114,7 +116,9 @@ def draw_samples(name: str, groups: Sequence[Curve], up: str) -> str:
             axes.plot(steps, values, "o", color=color, markersize=3, alpha=0.45, markeredgewidth=0)
             places = np.unique(steps)
             means = [values[steps == place].mean() for place in places]
-            axes.plot(places, means, "-o", color=color, markersize=5, linewidth=1.4, label=curve.label)
+            axes.plot(
+                places, means, "-o", color=color, markersize=5, linewidth=1.4, label=curve.label or None
+            )
         _finish(axes, "update", up)
         _legend(axes)
         return _svg(figure, name)
@@ -149,10 +153,11 @@ def _draw_dots(axes: Any, curve: Curve, color: str) -> None:
             [max(0.0, high - value) for value, (_, high) in zip(values, curve.intervals)],
         ]
         axes.errorbar(
-            steps, values, reach, fmt="o--", color=color, markersize=4, linewidth=1, capsize=3, label=curve.label
+            steps, values, reach, fmt="o--", color=color, markersize=4, linewidth=1, capsize=3,
+            label=curve.label or None,
         )  # fmt: skip
     else:
-        axes.plot(steps, values, "o--", color=color, markersize=4, linewidth=1, label=curve.label)
+        axes.plot(steps, values, "o--", color=color, markersize=4, linewidth=1, label=curve.label or None)
 
 
 @contextmanager
@@ -164,6 +169,7 @@ def _figure() -> Iterator[Any]:
     style = {
         "svg.fonttype": "none", "svg.hashsalt": "refine", "text.parse_math": False, "font.size": 8.5,
         "text.color": _INK, "axes.labelcolor": _MUTED, "xtick.color": _MUTED, "ytick.color": _MUTED,
+        "figure.facecolor": "none", "savefig.facecolor": "none", "axes.facecolor": "none",
         "axes.edgecolor": _GRID, "grid.color": _GRID, "axes.unicode_minus": False, "path.simplify": True,
     }  # fmt: skip
     with matplotlib.rc_context(style):
@@ -181,13 +187,15 @@ def _finish(axes: Any, across: str, up: str, grid: bool = True) -> None:
 
 
 def _legend(axes: Any) -> None:
+    if not axes.get_legend_handles_labels()[0]:
+        return
     axes.legend(frameon=False, fontsize=7.5, loc="best", handlelength=1.4, borderaxespad=0.2)
 
 
 def _svg(figure: Any, name: str) -> str:
     """The drawing as an element: without its size, its own colours and names that other drawings have too."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)

@@ -105,6 +105,7 @@ def build_page(runs: Sequence[Run], evaluations: Sequence[Evaluation], charts: b
     return {
         "title": " and ".join(run.name for run in runs) or " and ".join(e.name for e in evaluations),
         "single": len(runs) <= 1,
+        "compared": _compare(runs) if len(runs) > 1 else [],
         "runs": [_show_run(run, number, charts) for number, run in enumerate(runs)],
         "charts": _charts(runs) if charts else [],
         "no_charts": not charts,
@@ -198,6 +199,20 @@ def _held_out(run: Run) -> Iterator[dict[str, Any]]:
         }
 
 
+def _compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The measures of held-out data of several runs: each run's last, with its change."""
+    found = [{row["key"]: row for row in _held_out(run)} for run in runs]
+    keys = dict.fromkeys(key for rows in found for key in rows)
+    return [
+        {
+            "key": key,
+            "name": next(rows[key]["name"] for rows in found if key in rows),
+            "runs": [rows.get(key) for rows in found],
+        }
+        for key in keys
+    ]
+
+
 def _facts(run: Run) -> Iterator[dict[str, Any]]:
     """Every number of the updates: from all lines, however the curves are thinned."""
     for key in dict.fromkeys(key for line in run.lines for key in line):
@@ -240,10 +255,12 @@ def _curves(measure: Measure, run: Run, number: int, runs: Sequence[Run]) -> Ite
     if measure.title == "Reward" and same and run.series("reward") and not run.series("eval_reward"):
         held_out = ((f"eval_{same}", "held out"),)
     color = number
-    for key, label in measure.keys:
+    for place, (key, label) in enumerate(measure.keys):
         points = run.series(key)
         if len(points) > 1:
-            name = f"{run.name}: {label}" if several else label
+            name = label
+            if several:
+                name = f"{run.name}: {label}" if place else run.name
             yield Curve(name, points, color, smooth=key != "learning_rate")
             color += 0 if several else 1
     color = number if several else color if measure.keys else 0
@@ -252,8 +269,11 @@ def _curves(measure: Measure, run: Run, number: int, runs: Sequence[Run]) -> Ite
         low, high = dict(run.series(f"{key}_low")), dict(run.series(f"{key}_high"))
         intervals = [(low.get(step, value), high.get(step, value)) for step, value in points]
         if points:
+            name = label
+            if several:  # a colour a run; only what is no training curve's needs a name
+                name = "" if measure.keys else f"{run.name}: {label}"
             yield Curve(
-                f"{run.name}: {label}" if several else label, points,
+                name, points,
                 color if several else color + place, dots=True, intervals=intervals if low else None,
             )  # fmt: skip
 

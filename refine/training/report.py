@@ -46,6 +46,8 @@ def print_banner(
     if settings.model_type:
         name = f"a new {kind}"
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    share = "" if trained == parameters else f" ({trained:,} trained)"
     if processes > 1:
         where = f"{processes} processes ({settings.parallel}), {device.type}"
     else:
@@ -59,7 +61,7 @@ def print_banner(
     rows = [
         (
             "model",
-            f"{name}, {parameters:,} parameters, {where}{', bfloat16' if settings.bf16 else ''}",
+            f"{name}, {parameters:,} parameters{share}, {where}{', bfloat16' if settings.bf16 else ''}",
         ),
         (
             "data",

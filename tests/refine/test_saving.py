@@ -66,7 +66,7 @@ def whole(folder) -> bool:
 def test_a_signal_in_the_closing_evaluation_loses_nothing(
     tmp_path, text_file, stop, save_steps, monkeypatch, capsys
 ):
-    original, calls = training.evaluate_held_out, []
+    original, calls = training.held_out_by_document, []
 
     def evaluate(*arguments, **given):
         calls.append(1)
@@ -74,7 +74,7 @@ def test_a_signal_in_the_closing_evaluation_loses_nothing(
             raise stop
         return original(*arguments, **given)
 
-    monkeypatch.setattr(training, "evaluate_held_out", evaluate)
+    monkeypatch.setattr(training, "held_out_by_document", evaluate)
     code = run(tmp_path, text_file, max_steps=6, save_steps=save_steps, eval_samples=2)
     assert code == (130 if stop is KeyboardInterrupt else 143)
     said = capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 
 import pytest
@@ -92,3 +93,15 @@ def test_other_ranks_are_silent():
     with terminal.stage("loading"), terminal.progress("mid", 2) as advance:
         advance(2, STATS)
     assert list(terminal.track([1], "evaluating")) == [1] and file.getvalue() == ""
+
+
+def test_a_closed_pipe_ends_no_work():
+    end, begin = os.pipe()
+    with os.fdopen(begin, "w") as file:
+        terminal = Terminal(True, module._Console(file=file, markup=False))
+        terminal.say("a line")
+        os.close(end)
+        terminal.say("nobody reads this")
+        assert not terminal.shown
+        terminal.say("nor this")
+        file.write("closing the file writes this, as Python does at its end")
