@@ -17,6 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from refine.commands import answer_help
+
+if __name__ == "__main__":
+    answer_help("train", sys.argv[1:])  # before the seconds that the imports below take
+
 import torch
 from transformers import get_scheduler
 from transformers.utils.logging import disable_progress_bar

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,8 @@ class Tracker:
         if "wandb" in report_to:
             import wandb
 
-            self._wandb = wandb.init(project="refine", name=run_name, config=settings, dir=str(output_dir))
+            project = os.environ.get("WANDB_PROJECT", "refine")
+            self._wandb = wandb.init(project=project, name=run_name, config=settings, dir=str(output_dir))
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """One line; a value that is not finite is written as null, so that every line is valid JSON. Where the
