@@ -284,7 +284,7 @@ def test_advantages_scaled_by_the_rewards_of_the_whole_draw():
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_completions_that_were_cut_short_are_left_out(objective):
     changes = {"objective": objective, "mask_truncated_completions": True, "max_completion_length": 60}
-    changes |= {"top_entropy_quantile": 0.5} if objective == "grpo" else {}
+    changes |= {"grpo": {"top_entropy_quantile": 0.5}, "cispo": {"clip_range_high": 5.0}}.get(objective, {})
     phase, batch, draws = drawn_by(changes)
     for group in draws:
         ends = (group.completion_ids == 0).any(-1)
