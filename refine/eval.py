@@ -16,6 +16,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from refine.commands import answer_help
+
+if __name__ == "__main__":
+    answer_help("eval", sys.argv[1:])  # before the seconds that the imports below take
+
 import numpy as np
 from transformers.utils.logging import disable_progress_bar
 

@@ -31,19 +31,27 @@ from refine.paper.rows import (
 )
 from refine.paper.stages import Stage, run_stages
 from refine.paper.tables import PUBLISHED, load_published, make_tables
-from refine.settings import SettingsError, build, check_values, read_command_line, setting
+from refine.settings import SettingsError, build, check_values, read_command_line, read_file, setting
 
 __all__ = ["PUBLISHED", "Options", "Row", "Stage", "expand_names", "load_published", "load_row", "main",
            "make_tables", "reproduce", "row_names"]  # fmt: skip
 Texts = list[str]  # Options has a setting of the name "list"
 Numbers = list[int]
+EXAMPLES = (
+    ("which rows there are", "refine reproduce '*' --list"),
+    (
+        "what one row would run",
+        "refine reproduce table3_lact_refine --model MODEL --text TEXT --qa_train PAIRS --qa_test ROWS --dry_run",
+    ),
+    ("print the tables from what is there", "refine reproduce '*' --print_tables"),
+)
 
 
 @dataclass(kw_only=True)
 class Options:
     """Everything that ``python -m refine.reproduce`` can be told."""
 
-    ALIASES: ClassVar[dict[str, str]] = {}
+    ALIASES: ClassVar[dict[str, str]] = {"model_name_or_path": "model", "dataset_name_or_path": "text"}
 
     rows: Texts = setting([], "names of rows and figures (with * for several), or YAML files, in this order")
     output_dir: str = setting("runs/paper", "stages, logs, tables.md, tables.json, figures")
@@ -92,12 +100,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; 0 when every row is there, 1 when one failed, 2 when it could not begin."""
     try:
         given = read_command_line(
-            Options, sys.argv[1:] if arguments is None else arguments, "python -m refine.reproduce",
+            Options, sys.argv[1:] if arguments is None else arguments, "refine reproduce",
             "Run rows of the paper's tables (arXiv 2602.16704), draw its figures, and print our numbers under the "
             "paper's.",
-            words_are="rows",
+            words_are="rows", examples=EXAMPLES,
         )  # fmt: skip
-        return reproduce(build(Options, given))
+        path = given.pop("config", None)
+        return reproduce(build(Options, ({} if path is None else read_file(Options, path)) | given))
     except SettingsError as error:
         print(f"refine.reproduce: {error}", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ import torch
 
 from refine.data.document import BadRow, DataError, cut_middle, is_held_out, stable_hash
 from refine.data.recall_documents import recall_document, recall_items
-from refine.data.rows import KINDS, all_rows, first_line, split_of
+from refine.data.rows import ROW_KINDS, all_rows, first_line, is_file_of_rows, split_of
 from refine.data.stream import DataConfig, DataCounts, Example, collate, compare_position
 
 if TYPE_CHECKING:
@@ -292,14 +292,16 @@ def _from_file(
 def _files_of(path: Path) -> list[Path]:
     """A file, or those of a folder whose names do not say that they are to test on."""
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in KINDS)
+        files = sorted(file for file in path.iterdir() if is_file_of_rows(file))
         if not (chosen := [file for file in files if split_of(file) != "test"]):
-            raise DataError(f"the folder {str(path)!r} holds no {' or '.join(KINDS)} file to train on")
+            raise DataError(
+                f"the folder {str(path)!r} holds no file of rows to train on ({', '.join(ROW_KINDS)})"
+            )
         return chosen
     if not path.is_file():
         raise DataError(f"dataset_name_or_path: there is no file {str(path)!r}")
-    if path.suffix.lower() not in KINDS:
-        raise DataError(f"pairs are read from {' and '.join(KINDS)} files, got {str(path)!r}")
+    if not is_file_of_rows(path):
+        raise DataError(f"pairs are read from {', '.join(ROW_KINDS)} files, got {str(path)!r}")
     return [path]
 
 

@@ -18,8 +18,8 @@ import torch
 from refine.environment import versions
 from refine.evaluation.report import describe_model
 from refine.files import why, write_whole
-from refine.prepare import ModelSettings, choose_device, load_model_and_tokenizer
 from refine.settings import SettingsError, build, check_values, read_command_line, read_file, setting
+from refine.shared_settings import ModelSettings
 
 # name -> (lm-eval's task, its measure, higher is a share between 0 and 1)
 MEASURES = {
@@ -86,6 +86,11 @@ def evaluate(settings: LmEvalSettings) -> dict[str, Any]:
         raise SettingsError(
             f"short contexts are measured by lm-eval: pip install 'refine-fast-weights[clients]' ({error})"
         ) from error
+    from refine.prepare import (  # late: the paper's rows need the settings
+        choose_device,
+        load_model_and_tokenizer,
+    )
+
     model, tokenizer = load_model_and_tokenizer(settings)
     device = choose_device(settings.device)
     model.to(device, torch.bfloat16 if settings.bf16 else None).eval()

@@ -14,15 +14,13 @@ import numpy as np
 import torch
 
 from refine.data.document import stable_hash
+from refine.evaluation.settings import KINDS
 from refine.method import RefineConfig, RefineStepOutput, refine_step
 from refine.method.rollouts import Rollouts
-from refine.prepare import OptimizerSettings
+from refine.shared_settings import OptimizerSettings
 from refine.training.losses import sequence_loss
 from refine.training.update import adamw, apply_update
 from refine_kernels.linear_logprob import mix_seeds
-
-KINDS = ("refine", "sft", "none")
-RESTORES = ("sample", "batch", "never")
 
 
 class PromptTrainer:

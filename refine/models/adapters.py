@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from refine.shared_settings import ALL_LINEAR
+
 ADAPTER_CONFIG = "adapter_config.json"
-ALL_LINEAR = "all-linear"  # PEFT's name for every linear map but the head
 
 
 def holds_adapters(path_or_name: str | Path) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,8 @@ class Tracker:
         if "wandb" in report_to:
             import wandb
 
-            self._wandb = wandb.init(project="refine", name=run_name, config=settings, dir=str(output_dir))
+            project = os.environ.get("WANDB_PROJECT", "refine")
+            self._wandb = wandb.init(project=project, name=run_name, config=settings, dir=str(output_dir))
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """One line; a value that is not finite is written as null, so that every line is valid JSON. Where the
@@ -132,7 +134,8 @@ def first_evaluation(path: Path, like: dict[str, Any] | None) -> dict[str, Any] 
     line = next((line for line in read_metrics(path) if "eval_sequences" in line), None)
     if line is None or not like or line["step"] != 0 or line["eval_sequences"] != like["eval_sequences"]:
         return None
-    return line if all(isinstance(line.get(name), int | float) for name in like) else None
+    numbers = [name for name, value in like.items() if isinstance(value, int | float)]
+    return line if all(isinstance(line.get(name), int | float) for name in numbers) else None
 
 
 def split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
@@ -159,4 +162,4 @@ def _plain(value: Any) -> Any:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value
+    return [_plain(one) for one in value] if isinstance(value, list) else value

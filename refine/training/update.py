@@ -15,7 +15,7 @@ Loss = Callable[[], tuple[torch.Tensor, dict[str, Any]]]
 
 
 def adamw(model: torch.nn.Module, settings: Any) -> torch.optim.AdamW:
-    """AdamW as :class:`refine.prepare.OptimizerSettings` say. Frozen parameters are left out."""
+    """AdamW as ``OptimizerSettings`` say. Frozen parameters are left out."""
     of_vectors = settings.weight_decay if settings.decay_vectors else 0.0
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [

@@ -13,8 +13,9 @@ from refine import RefineConfig, load_model
 from refine.evaluation.prompt_training import PromptTrainer
 from refine.evaluation.settings import EvalSettings
 from refine.models.adapters import WithoutAdapters, add_adapters
-from refine.prepare import OptimizerSettings, load_model_and_tokenizer, packaged_model
+from refine.prepare import load_model_and_tokenizer, packaged_model
 from refine.settings import SettingsError
+from refine.shared_settings import OptimizerSettings
 from refine.training.settings import TrainSettings
 from refine.training.tracking import read_metrics
 from tests.numerics import assert_close

@@ -126,8 +126,8 @@ def test_paths_that_cannot_be_read(tmp_path, tokenizer):
     (tmp_path / "empty").mkdir()
     for name, message in (
         ("none.jsonl", "longbench_files: there is no file '.*none.jsonl'"),
-        ("empty", "longbench_files: the folder '.*empty' holds no .jsonl or .parquet file"),
-        ("rows.csv", "longbench_files takes .jsonl and .parquet files, got '.*rows.csv'"),
+        ("empty", "longbench_files: the folder '.*empty' holds no file of rows"),
+        ("rows.pdf", "longbench_files takes .parquet, .jsonl, .json, .csv files, got '.*rows.pdf'"),
         ("torn.parquet", "torn.parquet is not a whole Parquet file"),
     ):
         if "." in name and "none" not in name:
