@@ -112,7 +112,7 @@ def step_of(count: int = 90):
 class _Numbers:
     """Tokens are their numbers."""
 
-    def decode(self, ids, **_):
+    def decode(self, ids):
         return "".join(f" {token}" for token in ids)
 
 
