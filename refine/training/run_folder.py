@@ -18,7 +18,14 @@ from refine.settings import SettingsError
 from refine.training import checkpoint
 
 MARK = ".refine-run.json"
-_FILES = ("config.yaml", "metrics.jsonl", "metrics.jsonl.broken", "loss.png", "reward.png", "held_out_reward.png")
+_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "metrics.jsonl.broken",
+    "loss.png",
+    "reward.png",
+    "held_out_reward.png",
+)
 _INSIDE = {"samples": re.compile(r"step-\d+\.txt"), "tensorboard": re.compile(r"events\.out\.tfevents\..*")}
 
 
