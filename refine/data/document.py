@@ -14,6 +14,10 @@ class DataError(ValueError):
     """Something about the data that only its owner can put right, in one sentence."""
 
 
+class MissingPackage(DataError):
+    """The data need a package that is not installed."""
+
+
 class Document(NamedTuple):
     """One text with a name that identifies it: the same text under the same name, wherever it is read.
 

@@ -79,7 +79,7 @@ def held_out_prompts(
 
 
 def _read(config: DataConfig, column: str, tokenizer, split: str) -> tuple[list[Prompt], DataCounts, int]:
-    encode, _, pad_id = encoder(tokenizer)
+    encode, _, pad_id = encoder(tokenizer, config.add_bos_token)
     counts = DataCounts()
     given = config.eval_dataset_name_or_path if split == "held_out" else None
     name = given or config.dataset_name_or_path

@@ -10,6 +10,7 @@ stands in ``sources.py``. Nothing is known here of models, or of what a window i
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import random
@@ -64,6 +65,8 @@ class DataConfig:
     recall_weight: float = 0.5  # of the windows of "default+recall" and "default+needles"
     answer_weight: float = 1.0  # of an answer's tokens, where a document marks its answers; others count 1
     context_weight: float = 1.0  # of the other tokens of such a document
+    add_bos_token: bool = True  # texts and prompts begin with what the tokenizer puts there
+    answer_eos: bool = True  # the answer of a pair ends with end-of-text
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -123,8 +126,14 @@ class DataCounts:
     def note(self, row: BadRow) -> None:
         """Count a row that is left out, and name the first."""
         if not self.bad_rows:
-            logger.warning("a row is left out, and any other like it: %s", row.describe())
+            _warn_once(f"a row is left out, and any other like it: {row.describe()}")
         self.bad_rows += 1
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Say it, once a process: a source is read several times, for checks and for each split."""
+    logger.warning("%s", text)
 
 
 _LOOKED_AT = 64  # windows, for answers
@@ -450,7 +459,7 @@ def training_stream(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, rank: int = 0, world_size: int = 1
 ) -> DataStream:
     """The endless stream to train on. Raises ``DataError`` when anything is wrong with the data."""
-    encode = Encoder(tokenizer)
+    encode = Encoder(tokenizer, config.add_bos_token)
     name = config.dataset_name_or_path or _DEFAULT
     split_by_hash = config.eval_dataset_name_or_path is None
 
@@ -476,7 +485,7 @@ def held_out_stream(
     The default text has its own held-out documents, which serve its mixtures too; "recall" and "needles" have 64
     each of their own. All tokens count alike. The windows and their order do not depend on ``seed``.
     """
-    encode = Encoder(tokenizer)
+    encode = Encoder(tokenizer, config.add_bos_token)
     config = replace(config, seed=0, answer_weight=1.0, context_weight=1.0)
     given = config.eval_dataset_name_or_path
     name = given or config.dataset_name_or_path or _DEFAULT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def draw_plots(output_dir: Path) -> list[Path]:
         figure, axes = plt.subplots(figsize=(7, 3.6), dpi=140)
         steps, values = zip(*train)
         axes.plot(steps, values, color=_PALE, linewidth=1, label="each update")
-        axes.plot(steps, _smooth(values), color=_INK, linewidth=2, label="running mean")
+        axes.plot(steps, running_mean(values), color=_INK, linewidth=2, label="running mean")
         if held_out:
             axes.plot(*zip(*held_out), "o--", color=_SECOND, linewidth=1, label="held out")
         axes.set_ylabel(label)
@@ -76,7 +77,7 @@ def _save(plt, figure, path: Path) -> Path:
     return path
 
 
-def _smooth(values: tuple[float, ...]) -> list[float]:
+def running_mean(values: Sequence[float]) -> list[float]:
     """Exponential running mean over about a tenth of the run, corrected for its start."""
     keep = 1 - 1 / max(2.0, len(values) / 10)
     total = weight = 0.0

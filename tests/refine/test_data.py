@@ -461,9 +461,9 @@ def bad_sources(folder: Path) -> dict[str, tuple[object, dict, str]]:
         "empty": (file("empty.txt", ""), {}, "empty.txt', an empty file"),
         "blank": (file("blank.jsonl", "\n\n"), {}, "blank.jsonl: there is no row in it"),
         "extension": (
-            file("a.csv", "x"),
+            file("a.pdf", "x"),
             {},
-            "a.csv', a file of an unknown kind; allowed: .parquet, .jsonl, .txt",
+            "a.pdf', a file of an unknown kind; allowed: .parquet, .jsonl, .json, .csv, .txt, .md",
         ),
         "empty folder": (folder / "nothing", {}, "a folder without a data file in it; allowed: .parquet"),
         "column": (

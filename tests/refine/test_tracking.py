@@ -73,3 +73,15 @@ def test_plots_show_what_there_is(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError):
         draw_plots(tmp_path)
+
+
+def test_the_project_of_wandb_can_be_chosen(tmp_path, monkeypatch):
+    chosen = []
+    fake = type(sys)("wandb")
+    fake.init = lambda project, **_: chosen.append(project)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    tracker(tmp_path, report_to=["wandb"]).close()
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    tracker(tmp_path, report_to=["wandb"]).close()
+    assert chosen == ["refine", "mine"]

@@ -73,7 +73,7 @@ def test_a_run_writes_everything(tmp_path, text_file, phase, capsys):
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == [f"checkpoint-{i}" for i in (2, 4, 6)]
     assert (tmp_path / "loss.png").stat().st_size > 1000
     assert (tmp_path / "reward.png").exists() == (phase == "mid")
-    samples = sorted(p.name for p in (tmp_path / "samples").glob("*")) if phase == "mid" else []
+    samples = sorted(p.name for p in (tmp_path / "samples").glob("*.txt")) if phase == "mid" else []
     if phase == "mid":
         assert samples == ["step-000002.txt", "step-000004.txt", "step-000006.txt"]
         assert "truth   :" in (tmp_path / "samples" / samples[0]).read_text()

@@ -44,6 +44,7 @@ class Item:
         max_new_tokens: the answer's longest.
         make: the prompt; costs tokenising, so it waits until it is needed.
         source: where the sample comes from, for people.
+        kind: ``generated``; of rows of a file, ``question`` (its answer is one line) or ``document``.
     """
 
     key: str
@@ -53,6 +54,7 @@ class Item:
     max_new_tokens: int
     make: Callable[[], Prompt]
     source: str
+    kind: str = "generated"
 
 
 class SampleGenerator(ABC):
@@ -121,8 +123,8 @@ class SampleGenerator(ABC):
         )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_bos_token: bool = True) -> list[int]:
     """Tokens of a prompt: with the beginning that the tokenizer adds, without an end, which would say that
     there is nothing to come."""
-    ids = tokenizer(text, verbose=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=add_bos_token, verbose=False)["input_ids"]
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids

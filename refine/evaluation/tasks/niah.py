@@ -135,14 +135,14 @@ def _draw(kind: str, rng: random.Random) -> str:
 class TokenCounter:
     """Tokens by one tokenizer: exact for a prompt, approximate for a piece of one."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, add_bos_token: bool = True):
+        self.tokenizer, self.add_bos_token = tokenizer, add_bos_token
         self.cost: Cost = self._cost  # one object, by which an essay knows its costs again
         self._before = len(self._plain(["x"])[0])
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt."""
-        return encode(self.tokenizer, text)
+        return encode(self.tokenizer, text, self.add_bos_token)
 
     def _cost(self, pieces: Sequence[str]) -> list[int]:
         """What each piece adds after other text; never less than a token."""
