@@ -13,7 +13,7 @@ import refine.eval
 from refine import RefineConfig
 from refine.data.recall_documents import RecallItem
 from refine.data.stream import Batch
-from refine.evaluation.held_out import evaluate_held_out
+from refine.evaluation.held_out import evaluate_held_out, held_out_by_document
 from refine.evaluation.recall import (
     answered_greedily,
     evaluate_copying,
@@ -45,7 +45,10 @@ def test_held_out_numbers_by_hand():
     for name, value in result.items():
         assert together[name] == pytest.approx(value, rel=1e-5), name
     each = [evaluate_held_out(model, [batch], RefineConfig(num_chunks=2), seed=1) for batch in batches]
-    assert result["eval_cosine_by_sequence"] == pytest.approx([one["eval_cosine"] for one in each])
+    by_document, intervals = held_out_by_document(model, batches, RefineConfig(num_chunks=2), seed=1)
+    assert by_document["eval_cosine_by_sequence"] == [one["eval_cosine"] for one in each]
+    assert by_document["eval_cosine"] == pytest.approx(result["eval_cosine"])
+    assert intervals["eval_cosine"][0] <= by_document["eval_cosine"] <= intervals["eval_cosine"][1]
     with pytest.raises(ValueError, match="no held-out text"):
         evaluate_held_out(model, [], RefineConfig())
 
