@@ -334,7 +334,7 @@ class _Run:
         if self.tracker is not None:
             self.tracker.log(self.counters["step"], metrics)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, Any]:
         """The measures of held-out data; ``_low`` and ``_high`` are the ends of their 95 % intervals. The first
         held-out document is examined too."""
         settings = self.settings
@@ -413,7 +413,8 @@ class _Run:
             after = self.evaluate()
             self.log(after)
             self.write_examined()
-        self.rotate(proven=after is None or all(map(math.isfinite, after.values())))
+        finite = all(math.isfinite(value) for value in (after or {}).values() if isinstance(value, float))
+        self.rotate(proven=finite)
         final = self.folder.path / "final"
         try:
             checkpoint.save_folder(final, self.model, self.tokenizer, world=self.world)

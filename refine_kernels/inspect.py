@@ -118,8 +118,8 @@ def inspect_variant(variant: KernelVariant, arch: Arch) -> Report:
     return Report(variant.name, arch.name, variant.num_warps, variant.num_stages, measured, tuple(problems))
 
 
-def measure(variant: KernelVariant, arch: Arch) -> Measured:
-    """Compile ``variant`` for ``arch`` and read the result; whatever the compiler raises passes through."""
+def compile_variant(variant: KernelVariant, arch: Arch):
+    """Triton's compiled kernel of ``variant`` for ``arch``; whatever the compiler raises passes through."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -135,7 +135,12 @@ def measure(variant: KernelVariant, arch: Arch) -> Measured:
     target = GPUTarget(arch.backend, arch.version, arch.warp_size)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     with contextlib.redirect_stdout(io.StringIO()):  # a failing ptxas makes Triton print the whole assembly
-        compiled = triton.compile(source, target=target, options=options)
+        return triton.compile(source, target=target, options=options)
+
+
+def measure(variant: KernelVariant, arch: Arch) -> Measured:
+    """Compile ``variant`` for ``arch`` and read the result."""
+    compiled = compile_variant(variant, arch)
     if arch.backend == "hip":
         assembly = compiled.asm["amdgcn"]
         registers, spilled = read_amdgcn(assembly)
@@ -159,6 +164,16 @@ def judge(variant: KernelVariant, arch: Arch, measured: Measured) -> list[str]:
     if variant.tensor_core and not measured.tensor_core:
         problems.append("has no tensor-core instruction")
     return problems
+
+
+def disassemble(variant: KernelVariant, arch: Arch) -> tuple[str, int, int]:
+    """``(machine code, registers of a thread, shared memory of a program)`` on an NVIDIA chip."""
+    compiled = compile_variant(variant, arch)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        registers, _ = read_resource_usage(_cuobjdump("-res-usage", path))
+        return _cuobjdump("-sass", path), registers, compiled.metadata.shared
 
 
 def read_cubin(cubin: bytes) -> tuple[int, int]:
@@ -211,6 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0 when every kernel is well, 1 when one is not, 2 when the command is not."""
     options = _parser().parse_args(arguments)
     try:
+        if options.clock:
+            return _clock(options)
         chosen = _choose(options)
     except ValueError as error:
         print(f"refine_kernels.inspect: {error}", file=sys.stderr)
@@ -242,15 +259,46 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes to compile in")
+    clock = parser.add_argument_group("the counted clock (docs/counted_clock.md)")
+    clock.add_argument("--clock", action="store_true", help="count the least time of the delta rule's launches")
+    clock.add_argument("--peer", choices=("fla",), help="and of this library's for the same call")
+    clock.add_argument(
+        "--shape", type=int, nargs=4, default=(1, 16384, 16, 128), metavar=("ROWS", "TOKENS", "HEADS", "SIZE")
+    )
+    clock.add_argument("--value-heads", type=int, metavar="N", help="a multiple of HEADS; default: HEADS")
+    clock.add_argument("--gated", action="store_true", help="with decay")
     return parser
 
 
-def _choose(options: argparse.Namespace) -> list[tuple[str, int, str]]:
-    """(op, number of the variant, arch) of everything asked for; ``ValueError`` with a sentence if it cannot be."""
+def _clock(options: argparse.Namespace) -> int:
+    """Print the counted clock's tables, of the first chip asked for (by default sm_90)."""
+    from refine_kernels import clock
+
+    _check_compiler()
+    arch = "sm_90" if options.arch == list(ARCHS) else options.arch[0]
+    if arch not in clock.SPEEDS:
+        raise ValueError(f"--clock knows {', '.join(clock.SPEEDS)}, got {arch}")
+    heads = options.shape[2]
+    value_heads = options.value_heads or heads
+    if min(options.shape) < 1 or value_heads % heads:
+        raise ValueError("--shape must be four positive numbers, --value-heads a multiple of the third")
+    if options.peer and importlib.util.find_spec(options.peer) is None:
+        raise ValueError(f"the package {options.peer} is not installed: pip install flash-linear-attention")
+    for text in clock.report(arch, tuple(options.shape), value_heads, options.gated, options.peer):
+        print(text, end="\n\n", flush=True)
+    return 0
+
+
+def _check_compiler() -> None:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise ValueError("TRITON_INTERPRET=1 is set: interpreted kernels are never compiled; unset it")
     if importlib.util.find_spec("triton") is None:
         raise ValueError("the package triton is not installed, and it is the compiler")
+
+
+def _choose(options: argparse.Namespace) -> list[tuple[str, int, str]]:
+    """(op, number of the variant, arch) of everything asked for; ``ValueError`` with a sentence if it cannot be."""
+    _check_compiler()
     if unknown := [arch for arch in options.arch if arch not in ARCHS]:
         raise ValueError(f"--arch must be of {', '.join(ARCHS)}, got {', '.join(unknown)}")
     if options.jobs < 1:

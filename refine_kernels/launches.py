@@ -7,12 +7,16 @@ it: constants, ``None`` and the integer 1 are compiled in, pointers and integers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 from refine_kernels import chips
@@ -95,6 +99,77 @@ def recorded(op: str, calls: Iterator[Call], chip: chips.Chip) -> list[KernelVar
                 name = f"{op}.{kernel} {call.label}{number}"
                 found.setdefault(variant.key, _named(variant, name, call.demands(kernel)))
     return list(found.values())
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a call, in its place among the others.
+
+    Attributes:
+        kernel: its name, without ``_kernel``; a PyTorch operation's name where ``variants`` is empty.
+        variants: what may be launched there: one kernel, or a few of those that an autotuner chooses from, which
+            differ in more than the loads they keep in flight.
+        programs: of each of them.
+        arguments: of each of them, by name.
+        nbytes: of all its tensors, each counted once.
+    """
+
+    kernel: str
+    variants: list[KernelVariant]
+    programs: list[int]
+    arguments: list[dict[str, Any]]
+    nbytes: int
+
+
+def in_order(run: Callable[[], Any], chip: chips.Chip) -> list[Launch]:
+    """Every launch that ``run`` makes on ``chip``, and every operation of PyTorch between them that moves bytes."""
+    found: list[Launch] = []
+    among: list[Launch] = []  # where an autotuner runs all that it chooses from
+
+    def note(kernel, *arguments, grid, warmup, **options):
+        values = dict(zip(kernel.arg_names, arguments))
+        values |= {name: value for name, value in options.items() if name in kernel.arg_names}
+        variant = _specialised(kernel, arguments, options)
+        tensors = {id(x): x.nbytes for x in values.values() if isinstance(x, torch.Tensor)}
+        programs = math.prod(grid(values) if callable(grid) else grid)
+        name = kernel.__name__.removesuffix("_kernel")
+        found.append(Launch(name, [variant], [programs], [values], sum(tensors.values())))
+
+    def choose(tuner, *arguments, **options):
+        first = len(found)
+        different = {(str(config.kwargs), config.num_warps): config for config in tuner.configs}
+        for config in list(different.values())[:: max(len(different) // 4, 1)]:
+            chosen = config.kwargs | {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            tuner.fn.run(*arguments, **options, **chosen)
+        among[:], found[first:] = found[first:], []
+        joined = [sum((getattr(one, name) for one in among), []) for name in ("variants", "programs", "arguments")]
+        found.append(Launch(among[0].kernel, *joined, among[0].nbytes))
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            if moved := _bytes_moved(function, arguments, result):
+                found.append(Launch(f"torch.{function.overloadpacket.__name__}", [], [], [], moved))
+            return result
+
+    with (
+        chips.assume(chip), mock.patch.object(JITFunction, "run", note),
+        mock.patch.object(Autotuner, "run", choose), Operations(),
+    ):  # fmt: skip
+        run()
+    return found
+
+
+def _bytes_moved(function, arguments: tuple, result: Any) -> int:
+    """Of an operation of PyTorch on tensors without memory: all it reads and writes; 0 for views and new memory."""
+    name = function.overloadpacket.__name__
+    returns = function._schema.returns
+    if "empty" in name or any(r.alias_info is not None and not r.alias_info.is_write for r in returns):
+        return 0
+    written = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.device.type == "meta"]
+    only_written = name in ("zero_", "fill_", "zeros", "new_zeros", "zeros_like", "full", "ones")
+    read = [] if only_written else [x for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)]
+    return sum(x.nbytes for x in [*read, *written] if x.device.type == "meta")
 
 
 def _named(variant: KernelVariant, name: str, demands: dict[str, Any]) -> KernelVariant:

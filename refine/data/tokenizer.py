@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 _RECALL_DOCUMENTS, _NEEDLE_DOCUMENTS = 600, 200
+_CHARACTERS = 4_000  # of a needle document, at the most
 _DIGIT_GROUPS = [f"{number:0{digits}}" for digits in (2, 3) for number in range(10**digits)]
 _SMALLEST_VOCABULARY = 257 + len(_DIGIT_GROUPS)  # every byte, the special token, and groups of digits
 
@@ -78,8 +79,8 @@ def _with_entries(tokenizer: Tokenizer, pieces: list[str]) -> Tokenizer:
 def _training_text() -> Iterator[str]:
     yield from (document.text for document in default_documents("train"))
     yield from (recall_document(0, index).text for index in range(_RECALL_DOCUMENTS))
-    characters = 4_000
-    yield from (needle_document(0, index, characters, len).text for index in range(_NEEDLE_DOCUMENTS))
+    for index in range(_NEEDLE_DOCUMENTS):
+        yield needle_document(0, index, _CHARACTERS, count=len, most_questions=8).text
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +15,16 @@ from refine_kernels.linear_logprob import mix_seeds
 
 
 @torch.no_grad()
-def evaluate_held_out(model, batches: Iterable, config: RefineConfig, seed: int = 0) -> dict[str, float]:
+def evaluate_held_out(model, batches: Iterable, config: RefineConfig, seed: int = 0) -> dict[str, Any]:
     """Measure a model on right-padded batches.
 
     Rollouts have ``config.rollout_length`` tokens at uniform positions, and every draw follows from ``seed`` and
     the sequence alone, so two models are compared at the same places of the same text.
 
     Returns:
-        ``eval_loss`` (nats a token) and ``eval_accuracy`` over all valid targets; ``eval_cosine`` and
-        ``eval_exact_match``, means over rollouts; ``eval_tokens`` and ``eval_sequences``, how many there were.
+        ``eval_loss`` (nats per token) and ``eval_accuracy`` over all valid targets; ``eval_cosine`` and
+        ``eval_exact_match``, means over rollouts; ``eval_tokens`` and ``eval_sequences``, how many there were;
+        ``eval_cosine_by_sequence``, a list of the mean of each.
     """
     config = dataclasses.replace(
         config, selection="uniform", step="shared_prefix", rollout_stop_entropy=None, beta=0.0
@@ -31,6 +33,7 @@ def evaluate_held_out(model, batches: Iterable, config: RefineConfig, seed: int 
     model.eval()
     device = next(model.parameters()).device
     sums = dict.fromkeys(("loss", "right", "tokens", "cosine", "exact", "rollouts", "sequences"), 0.0)
+    cosines: list[float] = []  # the mean of each sequence
     for batch in batches:
         input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
         targets, _ = next_token_targets(input_ids, mask.sum(1))
@@ -41,6 +44,7 @@ def evaluate_held_out(model, batches: Iterable, config: RefineConfig, seed: int 
         sums["tokens"] += valid.sum().item()
         seeds = mix_seeds(seed, batch.keys.to(device))
         step = refine_step(model, input_ids, config, attention_mask=mask, seeds=seeds)
+        cosines += step.cosine.flatten(1).double().mean(1).tolist()
         sums["cosine"] += step.cosine.sum().item()
         sums["exact"] += step.exact_match.sum().item()
         sums["rollouts"] += step.cosine.numel()
@@ -55,6 +59,7 @@ def evaluate_held_out(model, batches: Iterable, config: RefineConfig, seed: int 
         "eval_exact_match": sums["exact"] / sums["rollouts"],
         "eval_tokens": int(sums["tokens"]),
         "eval_sequences": int(sums["sequences"]),
+        "eval_cosine_by_sequence": cosines,
     }
 
 

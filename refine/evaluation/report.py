@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refine.evaluation.metrics import found_in, interval_of_mean, wilson_interval
+from refine.evaluation.settings import GROUPS
 from refine.pictures import import_pyplot
 
 _DEPTH_BINS = 10
@@ -56,7 +57,8 @@ def score_predictions(lines: Iterable[dict[str, Any]], trained: bool) -> list[Sc
 
 
 def average_scores(scores: Sequence[Score]) -> list[Score]:
-    """The plain means that papers report: each task over its lengths, and families of tasks over all."""
+    """Plain means: of each task over its lengths, and of a family of tasks where all of them were measured at the
+    same lengths (``niah_single`` and ``niah_multikey``, three tasks each; ``longbench``, the 12 of its average)."""
     averages = []
     by_task: dict[str, list[Score]] = {}
     for score in scores:
@@ -65,8 +67,9 @@ def average_scores(scores: Sequence[Score]) -> list[Score]:
         if len(own) > 1:
             averages.append(_average(f"{task}_mean", own))
     for family in _AVERAGES:
-        own = [score for score in scores if score.task.startswith(f"{family}_")]
-        if len({score.task for score in own}) > 1:
+        own = [score for score in scores if score.task in GROUPS[family]]
+        lengths = [{score.length for score in own if score.task == task} for task in GROUPS[family]]
+        if own and all(found == lengths[0] for found in lengths):
             averages.append(_average(f"{family}_mean", own))
     return averages
 

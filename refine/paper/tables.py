@@ -159,11 +159,11 @@ def describe_row(row: Row, root: Path) -> dict[str, Any]:
 
 def _own_label(row: Row, ours: dict[str, Any]) -> str:
     name = family_of(row.family)["name"]
-    added = row.label.removeprefix(name)
     if ours["state"] == "not run":
         return f"{row.label}, not run here"
     if ours["is_papers_model"]:
         return f"{row.label}, ours"
+    added = row.label.removeprefix(name) if row.label.startswith(name) else f", {row.label}"
     return f"**not {name}**: {Path(str(ours['model'])).name}{added}"
 
 

@@ -132,7 +132,7 @@ def _show_run(run: Run, number: int, charts: bool) -> dict[str, Any]:
         "facts": list(_facts(run)),
         "settings": {name: _plain(value) for name, value in settings.items()},
         "environment": _flat(run.environment),
-        "documents": [_show_document(document, scale, run) for document in documents],
+        "documents": [_show_document(document, scale) for document in documents],
         "scale": scale,
         "open": int(
             len(documents) > 1 and documents[1]["kind"] == "held-out"
@@ -299,7 +299,7 @@ def _scale(documents: Sequence[dict[str, Any]]) -> float:
     return max(1e-6, values[int(0.98 * (len(values) - 1))]) if values else 1.0
 
 
-def _show_document(document: dict[str, Any], scale: float, run: Run) -> dict[str, Any]:
+def _show_document(document: dict[str, Any], scale: float) -> dict[str, Any]:
     """A document token by token, and its rollouts beside the truth."""
     numbers: dict[int, int] = {}  # position -> its number on the page
     for rollout in document["rollouts"]:
@@ -324,9 +324,8 @@ def _show_document(document: dict[str, Any], scale: float, run: Run) -> dict[str
             )
         stretches.append({"left_out": stretch["first"] - behind, "tokens": tokens})
         behind = stretch["first"] + len(stretch["tokens"])
-    begins = _name_of(document, run)
     return {
-        "name": begins,
+        "name": _name_of(document),
         "kind": document["kind"],
         "step": document["step"],
         "length": document["length"],
@@ -341,7 +340,7 @@ def _show_document(document: dict[str, Any], scale: float, run: Run) -> dict[str
     }
 
 
-def _name_of(document: dict[str, Any], run: Run) -> str:
+def _name_of(document: dict[str, Any]) -> str:
     step = document["step"]
     if document["kind"] == "step":
         return f"trained on at update {step:,}"
@@ -402,8 +401,8 @@ def _choice(run: Run) -> list[dict[str, Any]]:
         tables.append(
             {
                 "title": title,
-                "first": _name_of(first, run),
-                "last": _name_of(last, run),
+                "first": f"update {first['step']:,}",
+                "last": f"update {last['step']:,}",
                 "rows": rows,
                 "kept": kept,
                 "positions": len(positions[0]),

@@ -25,6 +25,7 @@ _FILES = (
     "metrics.jsonl.broken",
     "loss.png",
     "reward.png",
+    "held_out_reward.png",
     "report.html",
 )
 _INSIDE = {

@@ -134,7 +134,8 @@ def first_evaluation(path: Path, like: dict[str, Any] | None) -> dict[str, Any] 
     line = next((line for line in read_metrics(path) if "eval_sequences" in line), None)
     if line is None or not like or line["step"] != 0 or line["eval_sequences"] != like["eval_sequences"]:
         return None
-    return line if all(isinstance(line.get(name), int | float) for name in like) else None
+    numbers = [name for name, value in like.items() if isinstance(value, int | float)]
+    return line if all(isinstance(line.get(name), int | float) for name in numbers) else None
 
 
 def split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
@@ -161,4 +162,4 @@ def _plain(value: Any) -> Any:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value
+    return [_plain(one) for one in value] if isinstance(value, list) else value

@@ -105,11 +105,31 @@ def again(b_x, i_c, PHASE: tl.constexpr):  # [BT] -> [BT]
 
 
 @triton.jit
-def tokens(length, i_c, H, REPEAT: tl.constexpr, BT: tl.constexpr, PHASE: tl.constexpr):
-    """The tokens of chunk ``i_c`` (:func:`anew`): number in it, whether it exists, row in memory of value heads and
-    of key heads. [BT] each."""
+def rows(tokens, o_i, i_c, PHASE: tl.constexpr):
+    """Rows of a chunk of ``tokens`` tokens (:func:`anew`), those behind its end replaced by the last one, and which
+    exist. [BT] each. Tiles are read without a mask: what must be zero behind the end is made so by a factor of its
+    row."""
+    o_l = anew(o_i, i_c, PHASE)
+    return tl.minimum(o_l, tokens - 1), o_l < tokens
+
+
+@triton.jit
+def places(tokens, i_c, BT: tl.constexpr, PHASE: tl.constexpr):
+    """The number of every row in the chunk, and its :func:`rows`."""
     o_i = anew(tl.arange(0, BT), i_c, PHASE)
-    return o_i, i_c * BT + o_i < length, o_i * H, o_i * (H // REPEAT)
+    return o_i, tl.minimum(o_i, tokens - 1), o_i < tokens
+
+
+@triton.jit
+def tile(x, o_l, H, o_d, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns ``o_d`` of rows ``o_l`` [BT] of x [tokens, H, SIZE], from the place that x points to: [BT, BLOCK],
+    zeros past SIZE."""
+    p_x = x + ((o_l * H)[:, None] * SIZE + o_d[None, :])
+    if SIZE % BLOCK == 0:
+        b_x = tl.load(p_x)
+    else:
+        b_x = tl.load(p_x, mask=(o_d < SIZE)[None, :], other=0)
+    return b_x
 
 
 @triton.jit

@@ -90,21 +90,23 @@ def inverse_kernel(
         b_a *= parts.between(b_high[:, None], b_low[:, None], b_high[None, :], b_low[None, :], m_below)
     b_a = tl.where(m_below, b_a, 0.0)
 
-    NB: tl.constexpr = BT // 16
+    # blocks of OWN tokens on the diagonal, [NB, OWN, OWN]
+    OWN: tl.constexpr = 8
+    NB: tl.constexpr = BT // OWN
     o_b = tl.arange(0, NB)
-    o_16 = tl.arange(0, 16)
-    # the blocks on the diagonal, [NB, 16, 16]
+    o_own = tl.arange(0, OWN)
     m_own = o_b[:, None, None, None] == o_b[None, None, :, None]
-    b_d = tl.sum(tl.where(m_own, tl.reshape(b_a, (NB, 16, NB, 16)), 0.0), 2)
-    b_m = tl.where(o_16[None, :, None] == o_16[None, None, :], 1.0, 0.0) + tl.zeros((NB, 16, 16), dtype)
-    for i in range(1, 16):
-        m_row = (o_16 == i)[None, :, None]
-        b_row = tl.sum(tl.where(m_row, b_d, 0.0), 1)  # [NB, 16]
-        b_new = tl.sum(b_row[:, :, None] * b_m, 1)  # [NB, 16]
+    b_d = tl.sum(tl.where(m_own, tl.reshape(b_a, (NB, OWN, NB, OWN)), 0.0), 2)
+    b_m = tl.where(o_own[None, :, None] == o_own[None, None, :], 1.0, 0.0) + tl.zeros((NB, OWN, OWN), dtype)
+    for i in range(1, OWN):
+        m_row = (o_own == i)[None, :, None]
+        b_row = tl.sum(tl.where(m_row, b_d, 0.0), 1)  # [NB, OWN]
+        b_new = tl.sum(b_row[:, :, None] * b_m, 1)  # [NB, OWN]
         b_m = tl.where(m_row, b_m - b_new[:, None, :], b_m)
-    b_m = tl.where(m_own, tl.reshape(b_m, (NB, 16, 1, 16)), 0.0)
+    b_m = tl.where(m_own, tl.reshape(b_m, (NB, OWN, 1, OWN)), 0.0)
     b_m = tl.reshape(b_m, (BT, BT))
 
+    b_m = parts.merge(b_m, b_a, 8, BT, PRECISION)
     b_m = parts.merge(b_m, b_a, 16, BT, PRECISION)
     if BT > 32:
         b_m = parts.merge(b_m, b_a, 32, BT, PRECISION)
@@ -177,7 +179,7 @@ def scan_kernel(
     begin, length = parts.sequence(cu_seqlens, i_n, T)
     whole = tl.cdiv(length, BT)
     chunks = whole
-    first = 0
+    first = tl.minimum(T, 0)  # 0, which the compiler does not know: it would keep addresses of all phases in registers
     if SPAN is not None:
         first = (i_row - parts.place(cu_seqlens, i_n, begin, T, SPAN * BT)).to(tl.int32) * SPAN
         chunks = tl.minimum(whole, first + SPAN)
@@ -225,49 +227,50 @@ def scan_kernel(
         i_x = (begin + i_c * BT) * H + i_h  # the chunk's first
         i_xk = i_x // REPEAT  # of the key head
         tokens = tl.minimum(length - i_c * BT, BT)
-        o_l = parts.anew(o_i, i_c, 5)
-        m_t, o_x, o_xk = o_l < tokens, o_l * H, o_l * HK
-        m_tk = m_t[:, None] & m_k[None, :]
-        m_tv = m_t[:, None] & m_v[None, :]
-        b_k = tl.load(k + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
-        b_m = tl.load(inverse + i_x * BT + (o_x[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0)
-        b_beta = tl.load(beta + i_x + o_x, mask=m_t, other=0).to(tl.float32)
+        o_l, m_t = parts.rows(tokens, o_i, i_c, 5)
+        b_k = parts.tile(k + i_xk * K, o_l, HK, o_k, K, BK)
+        b_m = parts.tile(inverse + i_x * BT, o_l, H, o_i, BT, BT)
+        b_beta = tl.load(beta + i_x + o_l * H).to(tl.float32)
+        b_beta = tl.where(m_t, b_beta, 0.0)
         b_read = parts.norms(norms, i_xk, HK, tokens, o_i)  # factors of K where it reads the state
         if decays is not None:
             b_high, b_low, high, low = parts.decays(decays, ALL, i_x, H, tokens, o_i)
             b_read *= tl.exp(b_high)
 
-        b_v = tl.load(v + i_x * V + (o_x[:, None] * V + o_v[None, :]), mask=m_tv, other=0).to(tl.float32)
+        b_v = parts.tile(v + i_x * V, o_l, H, o_v, V, BV).to(tl.float32)
+        if maps is not None:
+            b_v = tl.where((o_v < V)[None, :], b_v, 0.0)
         b_r = b_v - b_read[:, None] * tl.dot(b_k, b_h, input_precision=PRECISION)
         b_u = tl.dot(b_m, (b_beta[:, None] * b_r).to(dtype), input_precision=PRECISION)
         if u is not None:
             o_j = parts.anew(o_i, i_c, 2)
             o_w = (o_j * H)[:, None] * V + o_v[None, :]
             tl.store(u + i_x * V + o_w, b_u.to(dtype), mask=(o_j < tokens)[:, None] & m_v[None, :])
+        # what K writes: nothing behind the end. Its norms go to U instead of the columns of P.
+        o_j = parts.anew(o_i, i_c, 1)
+        b_w = b_u * tl.where(o_j < tokens, parts.norms(norms, i_xk, HK, tokens, o_j), 0.0)[:, None]
         if o is not None:
-            b_q = tl.load(q + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
+            o_l, m_t = parts.rows(tokens, o_i, i_c, 7)
+            b_q = parts.tile(q + i_xk * K, o_l, HK, o_k, K, BK)
             o_j = parts.anew(o_i, i_c, 0)
             b_nq = parts.norms_of_q(norms, ALL, REPEAT, i_xk, HK, tokens, o_j) * scale
-            b_nk = parts.norms(norms, i_xk, HK, tokens, o_j)
             m_p = o_j[:, None] >= o_j[None, :]
-            b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_nq[:, None] * b_nk[None, :]
+            b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_nq[:, None]
             if decays is not None:
                 p_high, p_low, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_j)
                 b_p *= parts.between(p_high[:, None], p_low[:, None], p_high[None, :], p_low[None, :], m_p)
                 b_nq *= tl.exp(p_high)
             b_p = tl.where(m_p, b_p, 0.0)
             b_o = tl.dot(b_q, b_h, input_precision=PRECISION) * b_nq[:, None]
-            b_o = tl.dot(b_p.to(dtype), b_u.to(dtype), b_o, input_precision=PRECISION)
+            b_o = tl.dot(b_p.to(dtype), b_w.to(dtype), b_o, input_precision=PRECISION)
             o_j = parts.anew(o_i, i_c, 6)
             o_w = (o_j * H)[:, None] * V + o_v[None, :]
             tl.store(o + i_x * V + o_w, b_o.to(dtype), mask=(o_j < tokens)[:, None] & m_v[None, :])
-        o_j = parts.anew(o_i, i_c, 1)
-        b_write = parts.norms(norms, i_xk, HK, tokens, o_j)  # of K where it writes
         if decays is not None:
-            b_high, b_low, high, low = parts.decays(decays, ALL, i_x, H, tokens, o_j)
-            b_write *= tl.exp((high - b_high) + (low - b_low))
+            b_high, b_low, high, low = parts.decays(decays, ALL, i_x, H, tokens, parts.anew(o_i, i_c, 1))
+            b_w *= tl.exp((high - b_high) + (low - b_low))[:, None]
             b_s *= tl.exp(high)
-        b_s = tl.dot(tl.trans(b_k), (b_write[:, None] * b_u).to(dtype), b_s, input_precision=PRECISION)
+        b_s = tl.dot(tl.trans(b_k), b_w.to(dtype), b_s, input_precision=PRECISION)
 
     if maps is not None:
         o_z, m_z = _map_places(parts.anew(o_k, chunks, 4), parts.anew(i_v, chunks, 3), K, V, BV)
@@ -338,7 +341,7 @@ def reverse_kernel(
     i_place = parts.place(cu_seqlens, i_n, begin, T, BT)
     whole = tl.cdiv(length, BT)
     chunks = whole
-    first = 0
+    first = tl.minimum(T, 0)  # 0, which the compiler does not know: it would keep addresses of all phases in registers
     if SPAN is not None:
         first = (i_row - parts.place(cu_seqlens, i_n, begin, T, SPAN * BT)).to(tl.int32) * SPAN
         chunks = tl.minimum(whole, first + SPAN)
@@ -379,36 +382,36 @@ def reverse_kernel(
         i_x = (begin + i_c * BT) * H + i_h  # the chunk's first
         i_xk = i_x // REPEAT  # of the key head
         tokens = tl.minimum(length - i_c * BT, BT)
-        o_l = parts.anew(o_i, i_c, 5)
-        m_t, o_x, o_xk = o_l < tokens, o_l * H, o_l * HK
-        m_tk = m_t[:, None] & m_k[None, :]
-        m_tv = m_t[:, None] & m_v[None, :]
-        b_q = tl.load(q + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
-        b_k = tl.load(k + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
-        b_do = tl.load(d_o + i_x * V + (o_x[:, None] * V + o_v[None, :]), mask=m_tv, other=0)
-        b_m = tl.load(inverse + i_x * BT + (o_x[:, None] * BT + o_i[None, :]), mask=m_t[:, None], other=0)
-        b_beta = tl.load(beta + i_x + o_x, mask=m_t, other=0).to(tl.float32)
-        o_j = parts.anew(o_i, i_c, 0)
-        b_nq = parts.norms_of_q(norms, ALL, REPEAT, i_xk, HK, tokens, o_j) * scale
-        b_nk = parts.norms(norms, i_xk, HK, tokens, o_j)
-        m_p = o_j[:, None] <= o_j[None, :]
-        b_p = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * b_nk[:, None] * b_nq[None, :]  # P^T
-        b_write = parts.norms(norms, i_xk, HK, tokens, o_i)
-        o_b = parts.anew(o_i, i_c, 1)
-        b_read = parts.norms(norms, i_xk, HK, tokens, o_b)
-        b_nq = parts.norms_of_q(norms, ALL, REPEAT, i_xk, HK, tokens, o_b) * scale
+        o_l, m_t = parts.rows(tokens, o_i, i_c, 5)
+        b_q = parts.tile(q + i_xk * K, o_l, HK, o_k, K, BK)
+        b_k = parts.tile(k + i_xk * K, o_l, HK, o_k, K, BK)
+        b_do = parts.tile(d_o + i_x * V, o_l, H, o_v, V, BV)
+        b_m = parts.tile(inverse + i_x * BT, o_l, H, o_i, BT, BT)
+        if maps is not None:
+            b_do = tl.where((o_v < V)[None, :], b_do, 0.0)
+        # factors of rows, nothing behind the end; the norms of Q go to dO instead of the columns of P^T
+        o_j = parts.anew(o_i, i_c, 1)
+        m_j = o_j < tokens
+        b_nk = tl.where(m_j, parts.norms(norms, i_xk, HK, tokens, o_j), 0.0)
+        b_nq = tl.where(m_j, parts.norms_of_q(norms, ALL, REPEAT, i_xk, HK, tokens, o_j) * scale, 0.0)
+        b_beta = tl.load(beta + i_x + tl.minimum(o_j, tokens - 1) * H).to(tl.float32)
+        b_x = b_do.to(tl.float32) * b_nq[:, None]
+        o_p = parts.anew(o_i, i_c, 0)
+        m_p = o_p[:, None] <= o_p[None, :]
+        b_p = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # P^T, but for its norms
+        b_p *= tl.where(o_p < tokens, parts.norms(norms, i_xk, HK, tokens, o_p), 0.0)[:, None]
+        b_du = tl.dot(b_k, b_dh, input_precision=PRECISION)
+        b_read, b_write = -b_nk * b_beta, b_nk
         if decays is not None:
-            b_high, b_low, high, low = parts.decays(decays, ALL, i_x, H, tokens, o_i)
-            p_high, p_low, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_j)
+            p_high, p_low, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_p)
             b_p *= parts.between(p_high[None, :], p_low[None, :], p_high[:, None], p_low[:, None], m_p)
+            b_high, b_low, high, low = parts.decays(decays, ALL, i_x, H, tokens, o_j)
             b_write *= tl.exp((high - b_high) + (low - b_low))
-            b_high, _, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_b)
             b_read *= tl.exp(b_high)
-            b_nq *= tl.exp(b_high)
         b_p = tl.where(m_p, b_p, 0.0)
 
-        b_du = tl.dot(b_k, b_dh, input_precision=PRECISION) * b_write[:, None]
-        b_du = tl.dot(b_p.to(dtype), b_do, b_du, input_precision=PRECISION)
+        b_du *= b_write[:, None]
+        b_du = tl.dot(b_p.to(dtype), b_x.to(dtype), b_du, input_precision=PRECISION)
         b_dr = tl.dot(tl.trans(b_m), b_du.to(dtype), input_precision=PRECISION)
         if d_r is not None:
             o_j = parts.anew(o_i, i_c, 2)
@@ -416,10 +419,9 @@ def reverse_kernel(
             tl.store(d_r + i_x * V + o_w, b_dr.to(dtype), mask=(o_j < tokens)[:, None] & m_v[None, :])
         if decays is not None:
             b_ds *= tl.exp(high)
-        b_x = (b_nq[:, None] * b_do.to(tl.float32)).to(dtype)
-        b_ds = tl.dot(tl.trans(b_q), b_x, b_ds, input_precision=PRECISION)
-        b_x = (-(b_read * b_beta)[:, None] * b_dr).to(dtype)
-        b_ds = tl.dot(tl.trans(b_k), b_x, b_ds, input_precision=PRECISION)
+            b_x *= tl.exp(b_high)[:, None]
+        b_ds = tl.dot(tl.trans(b_q), b_x.to(dtype), b_ds, input_precision=PRECISION)
+        b_ds = tl.dot(tl.trans(b_k), (b_read[:, None] * b_dr).to(dtype), b_ds, input_precision=PRECISION)
         if d_states is not None:  # noqa: SIM102
             if i_c % STRIDE == 0:
                 i_given = (i_n.to(tl.int64) * N_STATES + i_c // STRIDE) * H + i_h

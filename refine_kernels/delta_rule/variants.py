@@ -85,3 +85,43 @@ def _recurrent(kd: int, vd: int, dtype: torch.dtype, gated: bool) -> None:
     weights = [new(x.shape[2], width, dtype=dtype) for x in (q, q, v)]
     tails = [new(rows, width - 1, x.shape[2], dtype=dtype) for x in (q, q, v)]
     triton_recurrent.decode_forward(q, q, v, beta, g, weights, tails, state, indices, 1.0, 1.0, True)
+
+
+def turns(kernel: str, given: dict[str, Any]) -> tuple[list, bool, float]:
+    """For the counted clock: turns of a kernel's outermost loops, whether it goes along a sequence, and the share of
+    its programs that have work. ``given``: the launch's arguments; sequences of one length."""
+    span, chunks = given.get("SPAN"), -(-given["T"] // given["BT"])
+    if kernel == "inverse":
+        return [], False, 1.0
+    if kernel == "gradient":
+        return [(min(given["GROUP"], chunks), -(-given["V"] // given["BR"]))], False, 1.0
+    if kernel == "join":
+        return [(-(-chunks // span), given["K"] // given["BJ"])], True, 1.0
+    if span is None:
+        return [chunks], True, 1.0
+    spans, share = -(-chunks // span), 1.0
+    if given.get("maps") is not None:  # one span is not mapped, of another only L is
+        of_v, of_k = (-(-given[size] // given["BV"]) for size in "VK")
+        share = ((spans - 1) * (of_v + of_k) - of_k) / (spans * (of_v + of_k))
+    return [span], True, share
+
+
+def clock_call(rows: int, tokens: int, heads: int, value_heads: int, kd: int, vd: int, dtype: torch.dtype, gated: bool):
+    """For the counted clock: ``(forward, forward for training, backward)`` of plain rows with the l2 norm."""
+    new = partial(torch.empty, device="meta")
+    q = new(rows, tokens, heads, kd, dtype=dtype)
+    v = new(rows, tokens, value_heads, vd, dtype=dtype)
+    beta = new(rows, tokens, value_heads, dtype=dtype)
+    g = new(rows, tokens, value_heads) if gated else None
+    given = (q, q.clone(), v, beta, g, None, None)
+
+    def forward(training: bool):
+        return triton_chunk.forward(*given, kd**-0.5, True, False, 0, training)
+
+    def backward() -> None:
+        kept = triton_chunk.checkpoint_count(v, None), triton_chunk.kept_count(q, v, g)
+        checkpoints = new(kept[0], rows, value_heads, kd, vd)
+        o, d_o = new(v.shape, dtype=dtype), new(v.shape, dtype=dtype)
+        triton_chunk.backward(*given, checkpoints, q.new_empty(kept[1]), o, d_o, None, None, kd**-0.5, True, 0)
+
+    return partial(forward, False), partial(forward, True), backward

@@ -39,6 +39,8 @@ def test_held_out_numbers_by_hand():
     together = evaluate_held_out(model, both, RefineConfig(num_chunks=2), seed=1)
     for name, value in result.items():
         assert together[name] == pytest.approx(value, rel=1e-5), name
+    each = [evaluate_held_out(model, [batch], RefineConfig(num_chunks=2), seed=1) for batch in batches]
+    assert result["eval_cosine_by_sequence"] == [one["eval_cosine"] for one in each]
     with pytest.raises(ValueError, match="no held-out text"):
         evaluate_held_out(model, [], RefineConfig())
 

@@ -10,9 +10,10 @@ import yaml
 
 import refine
 from refine import reproduce
+from refine.evaluation.report import Score, average_scores
 from refine.paper.tables import columns_of
 from refine.reproduce import PUBLISHED as PAPER_NUMBERS
-from refine.reproduce import Stage, load_published, load_row, make_tables, row_names
+from refine.reproduce import Stage, expand_names, load_published, load_row, make_tables, row_names
 from refine.settings import SettingsError, build
 from refine.training.settings import TrainSettings
 
@@ -114,6 +115,52 @@ def paper_numbers():
     pytest.skip("the collected numbers of the paper are not here")
 
 
+def scores(*places: tuple[str, int | None], value: float = 0.5) -> list[dict]:
+    interval = [value - 0.1, value + 0.1]
+    return [
+        {"task": task, "length": length, "score": value, "interval": interval, "samples": 500}
+        for task, length in places
+    ]
+
+
+def test_a_mean_over_fewer_lengths_or_tasks_is_no_number():
+    published = load_published(PAPER_NUMBERS)
+    needles = scores(("niah_multikey_1", 4096), ("niah_multikey_1", 8192), ("niah_multikey_2", 16384))
+    found = [column.of(needles) for column in columns_of(published["3"])[4:8]]
+    assert [one and one["value"] for one in found] == [50.0, 50.0, None, None]
+    needles += scores(("niah_multikey_1", 16384), ("niah_multikey_1", 1024), value=0.2)
+    found = columns_of(published["3"])[7].of(needles)
+    assert found["value"] == pytest.approx(40) and found["samples"] == 1500  # 1,024 tokens are not in it
+    column = columns_of(published["6"])[0]
+    tasks = [(task, None) for task in column.tasks]
+    assert column.of(scores(*tasks[1:])) is None
+    assert column.of(scores(*tasks, ("longbench_musique", None)))["value"] == pytest.approx(50)
+    means = [Score(task, None, 0.5, (0.4, 0.6), 9) for task, _ in tasks]
+    assert [one.task for one in average_scores(means)] == ["longbench_mean"]
+    assert average_scores(means[1:]) == []
+
+
+@pytest.mark.parametrize(
+    ("parameters", "label"),
+    [(797_625_312, "| LaCT-760M + SFT, ours (1) |"), (9, "| **not LaCT-760M**: lact + SFT (1) |")],
+)
+def test_numbers_of_the_papers_model_are_told_from_those_of_others(tmp_path, parameters, label):
+    """By its type and number of parameters, as the evaluation found them."""
+    row = load_row("table3_lact_sft", {"model": "somewhere/lact"})
+    folder = row.tests[0].folder(tmp_path)
+    folder.mkdir(parents=True)
+    tasks = ("niah_single_1", "niah_multikey_1", "niah_multiquery", "niah_multivalue")
+    found = scores(*((task, length) for task in tasks for length in (4096, 8192, 16384)))
+    about = {"model_type": "lact_swiglu", "parameters": parameters}
+    results = {"model": "x/final", "about_model": about, "scores": found}
+    (folder / "results.json").write_text(json.dumps(results))
+    record, text = make_tables([row], tmp_path, load_published(PAPER_NUMBERS), {"protocol": "paper"})
+    assert f"{label} 50.0 [40.0, 60.0] |" in text
+    assert ("not the paper's model" in text) == (parameters == 9)
+    assert "protocol paper" in text and "500 samples of" in text and "at 16,384 tokens" in text
+    assert record["3"]["rows"]["LaCT-760M + SFT"]["is_papers_model"] == (parameters != 9)
+
+
 def test_rows_share_stages():
     """The ablations' default is the row of Table 5; post-training starts from the same mid-training."""
     named = {name: [stage.name for stage in load_row(name).stages] for name in row_names()}
@@ -151,6 +198,14 @@ def test_the_papers_protocol_changes_what_it_says():
         assert test.settings.get("protocol", "ours") == protocol
         (whole,) = load_row("table5_lact_none", protocol=protocol).stages
         assert len(load_row("table5_lact_none", protocol=protocol).stages) == 1 and whole.kind == "eval"
+
+
+def test_rows_are_found_by_name():
+    assert expand_names("table3_lact_refine") == expand_names("configs/paper/table3_lact_refine.yaml")
+    assert len(expand_names("configs/paper/table4_lact_*.yaml")) == 8
+    assert expand_names("figure4_*") == ["figure4_lact", "figure4_delta_net"]
+    with pytest.raises(SettingsError, match="'table3_lact_refin': did you mean 'table3_lact_refine'"):
+        expand_names("table3_lact_refin")
 
 
 def test_processes_keep_the_batch():
@@ -215,14 +270,12 @@ def test_a_table_end_to_end(tmp_path, capsys, monkeypatch):
     assert len(started) == 4 and len(set(started)) == 4  # the broken one, mid once, two evaluations
     record = json.loads((out / "tables.json").read_text())["needles"]["rows"]
     assert record["broken"]["ours"] == [None] and record["broken"]["state"] == "not run"
-    own = record["REFINE"]
+    own, changed = record["REFINE"], "max_steps=2, lengths=400, samples=2"
     assert own["ours"][0] is not None and own["paper"] == [96.3] and own["is_papers_model"] is False
-    assert (
-        own["cells"][0]["samples"] == 2 and own["changed settings"] == "max_steps=2, lengths=400, samples=2"
-    )
+    assert own["cells"][0]["samples"] == 2 and own["changed settings"] == changed
     text = (out / "tables.md").read_text()
-    assert "| broken, not run here (3) | - |" in text and "| REFINE, paper | 96.3 |" in text
-    assert "| **not DeltaNet-1.3B**: tiny-delta-netREFINE (1) |" in text or "**not DeltaNet-1.3B**" in text
+    assert "| broken, not run here (2) | - |" in text and "| REFINE, paper | 96.3 |" in text
+    assert "| **not DeltaNet-1.3B**: tiny-delta-net, REFINE (1) | " in text
     assert (
         "not the paper's model, DeltaNet-1.3B" in text and "2 samples of niah_single_1 at 400 tokens" in text
     )

@@ -191,7 +191,7 @@ def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, text_file, monk
         ({"max_length": 8000, "min_length": 7000}, "min_length"),
         ({"model_type": None, "config_overrides": None, "model_name_or_path": "no/model"}, "no/model"),
         ({"model_type": "rnn"}, "model_type must be one of"),
-        ({"config_overrides": "vocab_size=100"}, "tokenizer has 4096 entries"),
+        ({"config_overrides": "vocab_size=100"}, "tokenizer has "),
         ({"config_overrides": "hidden_size=30,num_heads=4"}, "multiple of num_heads"),
         ({"tokenizer_name_or_path": "no/tokenizer"}, "no/tokenizer"),
         ({"device": "warp"}, "device 'warp'"),
