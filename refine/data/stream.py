@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 _DEFAULT = "default"
+NAME_HELD_OUT = "name some with eval_dataset_name_or_path, or raise eval_fraction"
 GENERATED = ("recall", "needles")
 BUILT_IN = (_DEFAULT, *GENERATED, *(f"{_DEFAULT}+{name}" for name in GENERATED))
 
@@ -505,7 +506,7 @@ def held_out_stream(
     except _NothingLeft as error:
         if given is not None:
             raise
-        logger.warning("nothing is held out to measure on: %s", error)
+        logger.warning("nothing is held out to measure on: %s; %s", error, NAME_HELD_OUT)
         return None
 
 
