@@ -365,6 +365,7 @@ class DataStream:
             "eval_fraction": config.eval_fraction if config.eval_dataset_name_or_path is None else 0,
             "recall_weight": config.recall_weight,
             "answers_column": config.answers_column,
+            "add_bos_token": config.add_bos_token,
             "seed": config.seed,
         }
 
