@@ -11,7 +11,7 @@ import triton.language as tl
 from refine_kernels.delta_rule import triton_parts as parts
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "ALL", "SHARE"])
 def gradient_kernel(
     q,  # [B, T, H / REPEAT, K]
     k,  # [B, T, H / REPEAT, K]
