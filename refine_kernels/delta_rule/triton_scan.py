@@ -38,8 +38,8 @@ def inverse_kernel(
     19 for parallel keys and beta = 1.9, and would be most of what such states lose.
 
     Reads k, beta, g and, for its norms, q once, writes M, the running sums of g and the factors
-    ``1 / sqrt(sum x^2 + eps)`` once. The 16 x 16 blocks on the diagonal by
-    substitution, row after row in all of them at once; then blocks of 32 and 64 by ``M <- M - M A_below M``.
+    ``1 / sqrt(sum x^2 + eps)`` once. The 8 x 8 blocks on the diagonal by substitution, row after row in all of them
+    at once; then blocks of 16, 32 and 64 by ``M <- M - M A_below M``.
     Substitution keeps its accuracy for parallel keys, where powers of A (Neumann doubling) reach 10^8.
     """
     pid = tl.program_id(0)
