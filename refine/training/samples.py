@@ -180,7 +180,7 @@ def token_texts(ids: Sequence[int], tokenizer, before: Sequence[int] = ()) -> li
 
 
 def _decode(tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
+    return tokenizer.decode(ids) if ids else ""
 
 
 def _stretches(length: int, positions: list[int]) -> list[tuple[int, int]]:
