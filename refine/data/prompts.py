@@ -104,6 +104,8 @@ def _read(config: DataConfig, column: str, tokenizer, split: str) -> tuple[list[
         try:
             text, is_chat = _as_text(given_prompt, tokenizer)
             ids = encode(text, False) if is_chat else encode(text)
+        except DataError:
+            raise
         except (TypeError, ValueError, OverflowError) as error:  # lone surrogates, say
             _leave_out(counts, number, source, f"the tokenizer refuses it ({first_line(error)})")
             continue
