@@ -239,6 +239,7 @@ def _measure(model, tokenizer, settings: EvalSettings) -> tuple[dict, dict]:
             documents = list(islice(stream.batches(1), count))
         read = terminal.track(documents, "held_out")
         results, intervals = held_out_by_document(model, read, settings, settings.seed)
+        del results["eval_cosine_by_sequence"]  # for a run's curve
     if "copying" in settings.tasks:
         for distance in terminal.track(COPY_DISTANCES, "copying"):
             found = evaluate_copying(model, len(tokenizer), distance, count, settings.seed)

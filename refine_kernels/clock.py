@@ -1,8 +1,9 @@
 """A clock that counts: how long a call's launches take at least, with no GPU.
 
 ``python -m refine_kernels.inspect --clock`` compiles what a call launches, reads the machine code, and divides what
-has to be done by what a chip does in a second. README.md of ``delta_rule`` shows its tables; ``docs/counted_clock.md``
-tells how a bound is made and what it cannot see. Every number is *counted*, none is measured.
+has to be done by what a chip does in a second. README.md of ``delta_rule`` shows its tables;
+``docs/counted_clock.md`` tells how a bound is made and what it cannot see. Every number is *counted*, none is
+measured.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def bounds(
 ) -> list[Bound]:
     """The bound of every launch of ``run`` on a chip.
 
-    ``turns(kernel, arguments)`` gives the turns of its outermost loops (:func:`sass.count`), whether it goes along a
-    sequence, and the share of programs that have work. Of what an autotuner chooses from, the least bound counts.
+    ``turns(kernel, arguments)`` gives the turns of its outermost loops (:func:`sass.count`), whether it goes along
+    a sequence, and the share of programs that have work. Of what an autotuner chooses from, the least bound counts.
     """
     launches = in_order(run, Chip(arch, inspect.ARCHS[arch].multiprocessors))
     return [_bound(launch, turns, arch) for launch in launches]
@@ -107,9 +108,20 @@ def _bound(launch: Launch, turns, arch: str) -> Bound:
         certain = sass.matches(compiled.loops, told)
         found.append(
             Bound(
-                launch.kernel, serial, programs, waves, config, turn, code, issue, pipes, tensor, moved,
-                launch.nbytes, certain,
-            )  # fmt: skip
+                launch.kernel,
+                serial,
+                programs,
+                waves,
+                config,
+                turn,
+                code,
+                issue,
+                pipes,
+                tensor,
+                moved,
+                launch.nbytes,
+                certain,
+            )
         )
     if not found:
         raise ValueError(f"{launch.kernel}: no way to launch it fits {arch}")
@@ -170,7 +182,13 @@ def table(label: str, found: list[Bound]) -> str:
     lines = [f"{head} | {parts} | {times}"]
     for b in found:
         pipes = b.turn.pipes
-        counts = (b.turn.instructions, pipes["tensor"], pipes["integer"] + pipes["imad"], pipes["fma"], pipes["memory"])
+        counts = (
+            b.turn.instructions,
+            pipes["tensor"],
+            pipes["integer"] + pipes["imad"],
+            pipes["fma"],
+            pipes["memory"],
+        )
         name = b.kernel[:29] + ("" if b.certain else "?")
         head = f"{name:<30} {'serial' if b.serial else '':>6} {b.programs:>8} {b.waves:>5}"
         parts = "{:>6.0f} {:>6.0f} {:>5.0f} {:>5.0f} {:>6.0f}".format(*counts)
@@ -178,8 +196,8 @@ def table(label: str, found: list[Bound]) -> str:
         times = f"{b.issue:>7.1f} {b.pipes:>7.1f} {b.tensor:>7.1f} {b.moved:>7.1f} {b.microseconds:>8.1f}"
         lines.append(f"{head} | {parts} | {times}")
     lines.append(
-        f"{label}: serial {serial(found):.1f} + parallel {total(found) - serial(found):.1f} = {total(found):.1f} us "
-        f"counted, {sum(b.nbytes for b in found) / 1e9:.2f} GB"
+        f"{label}: serial {serial(found):.1f} + parallel {total(found) - serial(found):.1f} = {total(found):.1f} "
+        f"us counted, {sum(b.nbytes for b in found) / 1e9:.2f} GB"
     )
     return "\n".join(lines)
 

@@ -260,7 +260,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes to compile in")
     clock = parser.add_argument_group("the counted clock (docs/counted_clock.md)")
-    clock.add_argument("--clock", action="store_true", help="count the least time of the delta rule's launches")
+    clock.add_argument(
+        "--clock", action="store_true", help="count the least time of the delta rule's launches"
+    )
     clock.add_argument("--peer", choices=("fla",), help="and of this library's for the same call")
     clock.add_argument(
         "--shape", type=int, nargs=4, default=(1, 16384, 16, 128), metavar=("ROWS", "TOKENS", "HEADS", "SIZE")

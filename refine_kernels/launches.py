@@ -142,7 +142,9 @@ def in_order(run: Callable[[], Any], chip: chips.Chip) -> list[Launch]:
             chosen = config.kwargs | {"num_warps": config.num_warps, "num_stages": config.num_stages}
             tuner.fn.run(*arguments, **options, **chosen)
         among[:], found[first:] = found[first:], []
-        joined = [sum((getattr(one, name) for one in among), []) for name in ("variants", "programs", "arguments")]
+        joined = [
+            [x for one in among for x in getattr(one, name)] for name in ("variants", "programs", "arguments")
+        ]
         found.append(Launch(among[0].kernel, *joined, among[0].nbytes))
 
     class Operations(TorchDispatchMode):

@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-from refine_kernels.inspect import ARCHS, Arch
+from refine_kernels.inspect import Arch
 
 # Outermost loops of fla 0.6.0's kernels: turns, by the arguments of the launch; the serial ones last.
 _FLA_TURNS: dict[str, Callable[[dict[str, Any]], list]] = {
@@ -54,7 +54,9 @@ def a_gpu(arch: Arch) -> Iterator[None]:
         utils=SimpleNamespace(get_device_properties=lambda device: facts),
     )
     capability = divmod(int(arch.version), 10)
-    properties = SimpleNamespace(shared_memory_per_block_optin=arch.shared_limit, multi_processor_count=arch.multiprocessors)
+    properties = SimpleNamespace(
+        shared_memory_per_block_optin=arch.shared_limit, multi_processor_count=arch.multiprocessors
+    )
     before = getattr(driver, "_active", None)
     driver.set_active(stand_in)
     try:

@@ -1,7 +1,7 @@
-"""What stands in the machine code of an NVIDIA kernel: its loops, and how many instructions of which kind they hold.
+"""What stands in the machine code of an NVIDIA kernel: its loops, and how many instructions of which kind.
 
-Read from what ``cuobjdump -sass`` prints. A loop is what a branch backwards jumps over; instructions of a loop inside
-another belong to the inner one alone.
+Read from what ``cuobjdump -sass`` prints. A loop is what a branch backwards jumps over; instructions of a loop
+inside another belong to the inner one alone.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def innermost(loop: Loop, begin: int, end: int) -> Loop:
 def count(loop: Loop, turns: Sequence) -> tuple[Code, Code]:
     """``(everything that one warp executes, one turn of the largest loop)``.
 
-    ``turns`` has for every outermost loop a number, or ``(number, turns of each loop inside it)``. A loop that is not
-    told of is taken to turn once: a compiler may unroll a short loop, and :func:`matches` finds out.
+    ``turns`` has for every outermost loop a number, or ``(number, turns of each loop inside it)``. A loop that is
+    not told of is taken to turn once: a compiler may unroll a short loop, and :func:`matches` finds out.
     """
     total, largest = loop.body, Code()
     for inner, told in zip(loop.inner, [*turns, *[1] * len(loop.inner)]):
@@ -125,13 +125,14 @@ def count(loop: Loop, turns: Sequence) -> tuple[Code, Code]:
 def matches(loop: Loop, turns: Sequence) -> bool:
     """Whether the outermost loops are as many as are told of, and those inside them are told of; or there are none,
     as the compiler has unrolled them all."""
-    return not loop.inner or len(loop.inner) == len(turns) and all(
-        isinstance(told, tuple) or not inner.inner for inner, told in zip(loop.inner, turns)
-    )
+    if not loop.inner:
+        return True
+    told_of = all(isinstance(told, tuple) or not inner.inner for inner, told in zip(loop.inner, turns))
+    return told_of and len(loop.inner) == len(turns)
 
 
 def _note(code: Code, name: str, rest: str) -> None:
-    first, _, kind = name.partition(".")
+    first, _, _ = name.partition(".")
     pipe = _PIPE_OF.get(first)
     if pipe is None:
         pipe = "uniform" if first.startswith("U") or first in ("R2UR", "VOTEU", "REDUX") else "other"

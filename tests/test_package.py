@@ -71,6 +71,7 @@ def test_what_the_archives_hold(built):
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"refine", "refine_kernels"}
     for asset in ASSETS:
         assert f"refine/assets/{asset}" in names
+    assert "refine/reporting/page.html.jinja" in names
     with tarfile.open(sdist) as archive:
         members = ["/".join(name.split("/")[1:]) for name in archive.getnames()]
     assert {"CITATION.cff", "LICENSE", "README.md", "refine/assets/default.yaml"} <= set(members)

@@ -20,7 +20,7 @@ import torch
 from refine.data.document import BadRow, DataError, cut_middle, is_held_out, stable_hash
 from refine.data.recall_documents import recall_document, recall_items
 from refine.data.rows import ROW_KINDS, all_rows, first_line, is_file_of_rows, split_of
-from refine.data.stream import DataConfig, DataCounts, Example, collate, compare_position
+from refine.data.stream import NAME_HELD_OUT, DataConfig, DataCounts, Example, collate, compare_position
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -167,7 +167,7 @@ def held_out_pairs(
     except _NoPairs as error:
         if config.eval_dataset_name_or_path is not None:
             raise
-        logger.warning("nothing is held out to measure on: %s", error)
+        logger.warning("nothing is held out to measure on: %s; %s", error, NAME_HELD_OUT)
         return None
     return PairStream(pairs, config, pad_id, counts, endless=False)
 

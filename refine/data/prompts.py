@@ -18,7 +18,7 @@ import torch
 from refine.data.document import BadRow, DataError, cut_middle, is_held_out, stable_hash
 from refine.data.pairs import GENERATED, PairStream, encoder, generated_pairs
 from refine.data.rows import all_rows, first_line
-from refine.data.stream import DataConfig, DataCounts, Example, collate
+from refine.data.stream import NAME_HELD_OUT, DataConfig, DataCounts, Example, collate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +74,7 @@ def held_out_prompts(
         return PairStream(prompts, config, pad_id, counts, endless=False, collate=_collate)
     if config.eval_dataset_name_or_path is not None:
         raise DataError(f"{config.eval_dataset_name_or_path} holds no prompt: {counts.bad_rows} bad rows")
-    logger.warning("nothing is held out to measure on")
+    logger.warning("nothing is held out to measure on; %s", NAME_HELD_OUT)
     return None
 
 

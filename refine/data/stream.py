@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 _DEFAULT = "default"
+NAME_HELD_OUT = "name some with eval_dataset_name_or_path, or raise eval_fraction"
 GENERATED = ("recall", "needles")
 BUILT_IN = (_DEFAULT, *GENERATED, *(f"{_DEFAULT}+{name}" for name in GENERATED))
 
@@ -364,6 +365,7 @@ class DataStream:
             "eval_fraction": config.eval_fraction if config.eval_dataset_name_or_path is None else 0,
             "recall_weight": config.recall_weight,
             "answers_column": config.answers_column,
+            "add_bos_token": config.add_bos_token,
             "seed": config.seed,
         }
 
@@ -505,7 +507,7 @@ def held_out_stream(
     except _NothingLeft as error:
         if given is not None:
             raise
-        logger.warning("nothing is held out to measure on: %s", error)
+        logger.warning("nothing is held out to measure on: %s; %s", error, NAME_HELD_OUT)
         return None
 
 

@@ -15,7 +15,7 @@ from refine_kernels.linear_logprob import mix_seeds
 
 
 @torch.no_grad()
-def evaluate_held_out(model, batches: Iterable, config: RefineConfig, seed: int = 0) -> dict[str, Any]:
+def evaluate_held_out(model, batches: Iterable, config: RefineConfig, seed: int = 0) -> dict[str, float]:
     """Measure a model on right-padded batches.
 
     Rollouts have ``config.rollout_length`` tokens at uniform positions, and every draw follows from ``seed`` and
@@ -23,8 +23,7 @@ def evaluate_held_out(model, batches: Iterable, config: RefineConfig, seed: int 
 
     Returns:
         ``eval_loss`` (nats per token) and ``eval_accuracy`` over all valid targets; ``eval_cosine`` and
-        ``eval_exact_match``, means over rollouts; ``eval_tokens`` and ``eval_sequences``, how many there were;
-        ``eval_cosine_by_sequence``, a list of the mean of each.
+        ``eval_exact_match``, means over rollouts; ``eval_tokens`` and ``eval_sequences``, how many there were.
     """
     config = dataclasses.replace(
         config, selection="uniform", step="shared_prefix", rollout_stop_entropy=None, beta=0.0
@@ -33,7 +32,6 @@ def evaluate_held_out(model, batches: Iterable, config: RefineConfig, seed: int 
     model.eval()
     device = next(model.parameters()).device
     sums = dict.fromkeys(("loss", "right", "tokens", "cosine", "exact", "rollouts", "sequences"), 0.0)
-    cosines: list[float] = []  # the mean of each sequence
     for batch in batches:
         input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
         targets, _ = next_token_targets(input_ids, mask.sum(1))
@@ -44,7 +42,6 @@ def evaluate_held_out(model, batches: Iterable, config: RefineConfig, seed: int 
         sums["tokens"] += valid.sum().item()
         seeds = mix_seeds(seed, batch.keys.to(device))
         step = refine_step(model, input_ids, config, attention_mask=mask, seeds=seeds)
-        cosines += step.cosine.flatten(1).double().mean(1).tolist()
         sums["cosine"] += step.cosine.sum().item()
         sums["exact"] += step.exact_match.sum().item()
         sums["rollouts"] += step.cosine.numel()
@@ -59,14 +56,14 @@ def evaluate_held_out(model, batches: Iterable, config: RefineConfig, seed: int 
         "eval_exact_match": sums["exact"] / sums["rollouts"],
         "eval_tokens": int(sums["tokens"]),
         "eval_sequences": int(sums["sequences"]),
-        "eval_cosine_by_sequence": cosines,
     }
 
 
 def held_out_by_document(
     model, batches: Iterable, config: RefineConfig, seed: int = 0
-) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """The numbers of :func:`evaluate_held_out` over batches of one document each, and their 95 % intervals.
+) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:
+    """The numbers of :func:`evaluate_held_out` over batches of one document each, and their 95 % intervals; beside
+    them ``eval_cosine_by_sequence``, a list of each document's, by which two evaluations are compared in pairs.
 
     Documents differ far more than the tokens of one, so the intervals are percentiles of 2,000 resamplings of
     documents (bootstrap). With a single document there are none.
@@ -88,4 +85,5 @@ def held_out_by_document(
         if len(found) > 1:
             means = (values * weight)[drawn].sum(1) / weight[drawn].sum(1)
             intervals[name] = tuple(np.percentile(means, [2.5, 97.5]).tolist())
-    return result | {"eval_tokens": int(tokens.sum()), "eval_sequences": len(found)}, intervals
+    counts = {"eval_tokens": int(tokens.sum()), "eval_sequences": len(found)}
+    return result | counts | {"eval_cosine_by_sequence": [one["eval_cosine"] for one in found]}, intervals

@@ -11,7 +11,7 @@ import triton.language as tl
 from refine_kernels.delta_rule import triton_parts as parts
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "ALL", "SHARE"])
 def gradient_kernel(
     q,  # [B, T, H / REPEAT, K]
     k,  # [B, T, H / REPEAT, K]
@@ -71,7 +71,7 @@ def gradient_kernel(
     chunks = tl.minimum(tl.cdiv(length, BT), first + GROUP)
 
     o_k = i_k * BK + tl.arange(0, BK)
-    m_k = tl.full((BK,), 1, tl.int1) if K % BK == 0 else o_k < K
+    m_k = o_k < K
     o_v = tl.arange(0, BV)
     dtype = k.dtype.element_ty
     p_kept = kept + (i_group.to(tl.int64) * H + i_h) * (K * V)
@@ -79,17 +79,15 @@ def gradient_kernel(
     if GROUP > 1:
         b_s = tl.load(p_kept + o_st, mask=(o_v < V)[:, None] & m_k[None, :], other=0).to(tl.float32)
 
-    HK = H // REPEAT
     for i_c in range(first, chunks):
-        size = tl.minimum(length - i_c * BT, BT)
-        o_i, o_l, m_t = parts.places(size, i_c, BT, 0)
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 0)
         i_x = (begin + i_c * BT) * H + i_h
         i_xk = i_x // REPEAT  # of the key head
         p_ds = d_chunk_states + ((i_place + i_c) * H + i_h) * (K * V)
-        # factors of rows, nothing behind the end
-        b_beta = tl.where(m_t, tl.load(beta + i_x + o_l * H).to(tl.float32), 0.0)
-        b_nk = tl.where(m_t, parts.norms(norms, i_xk, HK, size, o_i), 0.0)
-        b_nq = tl.where(m_t, parts.norms_of_q(norms, ALL, REPEAT, i_xk, HK, size, o_i), 0.0)
+        b_beta = tl.load(beta + i_x + o_x, mask=m_t, other=0).to(tl.float32)
+        size = tl.minimum(length - i_c * BT, BT)
+        b_nk = parts.norms(norms, i_xk, H // REPEAT, size, o_i)
+        b_nq = parts.norms_of_q(norms, ALL, REPEAT, i_xk, H // REPEAT, size, o_i)
         b_from = tl.full((BT,), 1.0, tl.float32)
         b_to = b_from
         if decays is not None:
@@ -103,18 +101,20 @@ def gradient_kernel(
         b_kk = tl.zeros((BT,), tl.float32)
         for i_r in range(NR):
             o_r = i_r * BR + tl.arange(0, BR)
-            b_r = parts.tile(d_r + i_x * V, o_l, H, o_r, V, BR).to(tl.float32)
-            b_v = parts.tile(v + i_x * V, o_l, H, o_r, V, BR).to(tl.float32)
+            m_r = m_t[:, None] & (o_r < V)[None, :]
+            o_xr = o_x[:, None] * V + o_r[None, :]
+            b_r = tl.load(d_r + i_x * V + o_xr, mask=m_r, other=0).to(tl.float32)
+            b_v = tl.load(v + i_x * V + o_xr, mask=m_r, other=0).to(tl.float32)
             b_rv = tl.sum(b_r * b_v, 1)
             b_dbeta += b_rv
-            m_r = tl.where(i_k == 0, m_t, False)[:, None] & (o_r < V)[None, :]
-            o_xr = (o_i * H)[:, None] * V + o_r[None, :]
-            tl.store(dv + i_x * V + o_xr, (b_beta[:, None] * b_r).to(dtype), mask=m_r)
+            tl.store(
+                dv + i_x * V + o_xr, (b_beta[:, None] * b_r).to(dtype), mask=tl.where(i_k == 0, m_r, False)
+            )
             if norms is not None:
-                b_v = parts.tile(u + i_x * V, o_l, H, o_r, V, BR).to(tl.float32)
+                b_v = tl.load(u + i_x * V + o_xr, mask=m_r, other=0).to(tl.float32)
                 b_kk += 2 * tl.sum(b_r * b_v, 1) - b_beta * b_rv
-                b_v = parts.tile(o + i_x * V, o_l, H, o_r, V, BR).to(tl.float32)
-                b_r = parts.tile(d_o + i_x * V, o_l, H, o_r, V, BR).to(tl.float32)
+                b_v = tl.load(o + i_x * V + o_xr, mask=m_r, other=0).to(tl.float32)
+                b_r = tl.load(d_o + i_x * V + o_xr, mask=m_r, other=0).to(tl.float32)
                 b_qq += tl.sum(b_r * b_v, 1)
         b_dbeta = tl.where(i_k == 0, b_dbeta, 0.0)
 
@@ -126,43 +126,48 @@ def gradient_kernel(
         if decays is not None:
             a_high = parts.again(b_high, i_c, 1)
             a_low = parts.again(b_low, i_c, 1)
-        o_i, o_l, m_t = parts.places(size, i_c, BT, 1)
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 1)
+        m_tk = m_t[:, None] & m_k[None, :]
         m_p = o_i[:, None] >= o_i[None, :]
         b_p = tl.zeros((BT, BT), tl.float32)
         for i_r in range(NR):
             o_r = i_r * BR + tl.arange(0, BR)
-            b_y = parts.tile(d_o + i_x * V, o_l, H, o_r, V, BR)
-            b_u = parts.tile(u + i_x * V, o_l, H, o_r, V, BR)
+            m_r = m_t[:, None] & (o_r < V)[None, :]
+            o_xr = o_x[:, None] * V + o_r[None, :]
+            b_y = tl.load(d_o + i_x * V + o_xr, mask=m_r, other=0)
+            b_u = tl.load(u + i_x * V + o_xr, mask=m_r, other=0)
             b_p = tl.dot(b_y, tl.trans(b_u), b_p, input_precision=PRECISION)
-        b_k = parts.tile(k + i_xk * K, o_l, HK, o_k, K, BK)
+        b_k = tl.load(k + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
         b_p = tl.where(m_p, b_p * a_nk[None, :], 0.0)
         if decays is not None:
             b_p *= parts.between_unmasked(a_high[:, None], a_low[:, None], a_high[None, :], a_low[None, :])
-            b_q = parts.tile(q + i_xk * K, o_l, HK, o_k, K, BK)
+            b_q = tl.load(q + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
             b_f = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_p
             b_f = tl.where(o_i[:, None] > o_i[None, :], b_f * (a_nq * scale)[:, None], 0.0)
             b_dg = tl.sum(b_f, 1) - tl.sum(b_f, 0)
         b_w = b_p.to(dtype)
-        o_i, o_l, m_t = parts.places(size, i_c, BT, 6)
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 6)
+        m_tk = m_t[:, None] & m_k[None, :]
         b_dx = tl.zeros((BT, BK), tl.float32)
         for i_v in range(NV + (i_c >> 30)):
             m_v = i_v * BV + o_v < V
-            b_y = parts.tile(d_o + i_x * V, o_l, H, i_v * BV + o_v, V, BV)
+            o_xv = o_x[:, None] * V + (i_v * BV + o_v)[None, :]
+            b_y = tl.load(d_o + i_x * V + o_xv, mask=m_t[:, None] & m_v[None, :], other=0)
             if GROUP == 1:
                 b_h = tl.load(p_kept + o_st + i_v * BV, mask=m_v[:, None] & m_k[None, :], other=0)
             else:
                 b_h = b_s.to(dtype)
             b_dx = tl.dot(b_y, b_h, b_dx, input_precision=PRECISION)
-        b_q = parts.tile(q + i_xk * K, o_l, HK, o_k, K, BK)
+        b_q = tl.load(q + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
         if decays is not None:
             b_dx *= a_from[:, None]
             b_dg += tl.sum(b_dx * b_q.to(tl.float32), 1) * a_nq * scale
         b_dx = tl.dot(b_w, b_k, b_dx, input_precision=PRECISION) * scale
         if norms is not None:
             b_dx = (b_dx - b_q.to(tl.float32) * (a_qq * a_nq)[:, None]) * a_nq[:, None]
-        o_i, o_l, m_t = parts.places(size, i_c, BT, 7)
-        o_xk = (o_i * H)[:, None] * K + o_k[None, :]
-        tl.store(dq + i_x * K + o_xk, b_dx.to(dq.dtype.element_ty), mask=m_t[:, None] & m_k[None, :])
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 7)
+        m_tk = m_t[:, None] & m_k[None, :]
+        tl.store(dq + i_x * K + (o_x[:, None] * K + o_k[None, :]), b_dx.to(dq.dtype.element_ty), mask=m_tk)
 
         # dk where it reads: -beta e^G dR' S^T + E K, E = beta dA
         a_nk = parts.again(b_nk, i_c, 2)
@@ -171,15 +176,18 @@ def gradient_kernel(
         if decays is not None:
             a_high = parts.again(b_high, i_c, 2)
             a_low = parts.again(b_low, i_c, 2)
-        o_i, o_l, m_t = parts.places(size, i_c, BT, 2)
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 2)
+        m_tk = m_t[:, None] & m_k[None, :]
         m_p = o_i[:, None] > o_i[None, :]
         b_p = tl.zeros((BT, BT), tl.float32)
         for i_r in range(NR):
             o_r = i_r * BR + tl.arange(0, BR)
-            b_y = parts.tile(d_r + i_x * V, o_l, H, o_r, V, BR)
-            b_u = parts.tile(u + i_x * V, o_l, H, o_r, V, BR)
+            m_r = m_t[:, None] & (o_r < V)[None, :]
+            o_xr = o_x[:, None] * V + o_r[None, :]
+            b_y = tl.load(d_r + i_x * V + o_xr, mask=m_r, other=0)
+            b_u = tl.load(u + i_x * V + o_xr, mask=m_r, other=0)
             b_p = tl.dot(b_y, tl.trans(b_u), b_p, input_precision=PRECISION)
-        b_k = parts.tile(k + i_xk * K, o_l, HK, o_k, K, BK)
+        b_k = tl.load(k + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
         b_p = tl.where(m_p, -b_p * a_nk[None, :], 0.0)
         if decays is not None:
             b_p *= parts.between_unmasked(a_high[:, None], a_low[:, None], a_high[None, :], a_low[None, :])
@@ -189,11 +197,13 @@ def gradient_kernel(
             b_f *= a_beta[:, None]
             b_dg += tl.sum(b_f, 1) - tl.sum(b_f, 0)
         b_w = b_p.to(dtype)
-        o_i, o_l, m_t = parts.places(size, i_c, BT, 10)
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 10)
+        m_tk = m_t[:, None] & m_k[None, :]
         b_dx = tl.zeros((BT, BK), tl.float32)
         for i_v in range(NV + (i_c >> 30)):
             m_v = i_v * BV + o_v < V
-            b_y = parts.tile(d_r + i_x * V, o_l, H, i_v * BV + o_v, V, BV)
+            o_xv = o_x[:, None] * V + (i_v * BV + o_v)[None, :]
+            b_y = tl.load(d_r + i_x * V + o_xv, mask=m_t[:, None] & m_v[None, :], other=0)
             if GROUP == 1:
                 b_h = tl.load(p_kept + o_st + i_v * BV, mask=m_v[:, None] & m_k[None, :], other=0)
             else:
@@ -202,19 +212,21 @@ def gradient_kernel(
         b_dx *= -a_from[:, None]
         b_row = tl.sum(b_dx * b_k.to(tl.float32), 1) * a_nk
         b_dbeta += b_row
-        tl.store(sums + i_k.to(tl.int64) * SHARE + i_x + o_i * H, b_dbeta, mask=m_t)
+        tl.store(sums + i_k.to(tl.int64) * SHARE + i_x + o_x, b_dbeta, mask=m_t)
         b_dx = tl.dot(b_w, b_k, b_dx, input_precision=PRECISION) * a_beta[:, None]
 
         # dk where it writes: + e^{G_C - G} U dS'^T + E^T K + dP^T Q
         a_nk = parts.again(b_nk, i_c, 3)
         a_beta = parts.again(b_beta, i_c, 3)
         a_to = parts.again(b_to, i_c, 3)
-        o_i, o_l, m_t = parts.places(size, i_c, BT, 3)
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 3)
+        m_tk = m_t[:, None] & m_k[None, :]
         b_e = tl.zeros((BT, BK), tl.float32)
         through = tl.zeros((1,), tl.float32)
         for i_v in range(NV + (i_c >> 30)):
             m_v = i_v * BV + o_v < V
-            b_u = parts.tile(u + i_x * V, o_l, H, i_v * BV + o_v, V, BV)
+            o_xv = o_x[:, None] * V + (i_v * BV + o_v)[None, :]
+            b_u = tl.load(u + i_x * V + o_xv, mask=m_t[:, None] & m_v[None, :], other=0)
             b_ds = tl.load(p_ds + o_st + i_v * BV, mask=m_v[:, None] & m_k[None, :], other=0)
             b_e = tl.dot(b_u, b_ds, b_e, input_precision=PRECISION)
             if decays is not None:
@@ -231,54 +243,62 @@ def gradient_kernel(
             # written by a token: the decays of all later ones of the chunk keep it
             b_dg = tl.cumsum(b_dg, 0, reverse=True) + (tl.cumsum(b_written, 0) - b_written)
             b_dg += through * tl.exp(high)
-            tl.store(sums + i_k.to(tl.int64) * SHARE + ALL + i_x + o_i * H, b_dg, mask=m_t)
+            tl.store(sums + i_k.to(tl.int64) * SHARE + ALL + i_x + o_x, b_dg, mask=m_t)
         b_dx += b_e
-        o_i, o_l, m_t = parts.places(size, i_c, BT, 4)
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 4)
         a_nq = parts.again(b_nq, i_c, 4)
         if decays is not None:
             a_high = parts.again(b_high, i_c, 4)
             a_low = parts.again(b_low, i_c, 4)
+        m_tk = m_t[:, None] & m_k[None, :]
         m_p = o_i[:, None] <= o_i[None, :]
         b_p = tl.zeros((BT, BT), tl.float32)  # [j, i]
         for i_r in range(NR):
             o_r = i_r * BR + tl.arange(0, BR)
-            b_y = parts.tile(d_o + i_x * V, o_l, H, o_r, V, BR)
-            b_u = parts.tile(u + i_x * V, o_l, H, o_r, V, BR)
+            m_r = m_t[:, None] & (o_r < V)[None, :]
+            o_xr = o_x[:, None] * V + o_r[None, :]
+            b_y = tl.load(d_o + i_x * V + o_xr, mask=m_r, other=0)
+            b_u = tl.load(u + i_x * V + o_xr, mask=m_r, other=0)
             b_p = tl.dot(b_u, tl.trans(b_y), b_p, input_precision=PRECISION)
         b_p = tl.where(m_p, b_p * (a_nq * scale)[None, :], 0.0)
         if decays is not None:
             b_p *= parts.between_unmasked(a_high[None, :], a_low[None, :], a_high[:, None], a_low[:, None])
-        b_q = parts.tile(q + i_xk * K, o_l, HK, o_k, K, BK)
+        b_q = tl.load(q + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
         b_dx = tl.dot(b_p.to(dtype), b_q, b_dx, input_precision=PRECISION)
-        o_i, o_l, m_t = parts.places(size, i_c, BT, 5)
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 5)
         a_nk = parts.again(b_nk, i_c, 5)
         a_beta = parts.again(b_beta, i_c, 5)
         a_kk = parts.again(b_kk, i_c, 5)
         if decays is not None:
             a_high = parts.again(b_high, i_c, 5)
             a_low = parts.again(b_low, i_c, 5)
+        m_tk = m_t[:, None] & m_k[None, :]
         m_p = o_i[:, None] < o_i[None, :]
         b_p = tl.zeros((BT, BT), tl.float32)
         for i_r in range(NR):
             o_r = i_r * BR + tl.arange(0, BR)
-            b_y = parts.tile(d_r + i_x * V, o_l, H, o_r, V, BR)
-            b_u = parts.tile(u + i_x * V, o_l, H, o_r, V, BR)
+            m_r = m_t[:, None] & (o_r < V)[None, :]
+            o_xr = o_x[:, None] * V + o_r[None, :]
+            b_y = tl.load(d_r + i_x * V + o_xr, mask=m_r, other=0)
+            b_u = tl.load(u + i_x * V + o_xr, mask=m_r, other=0)
             b_p = tl.dot(b_u, tl.trans(b_y), b_p, input_precision=PRECISION)
         b_p = tl.where(m_p, -b_p * (a_nk * a_beta)[None, :], 0.0)
         if decays is not None:
             b_p *= parts.between_unmasked(a_high[None, :], a_low[None, :], a_high[:, None], a_low[:, None])
-        b_k = parts.tile(k + i_xk * K, o_l, HK, o_k, K, BK)
+        b_k = tl.load(k + i_xk * K + (o_xk[:, None] * K + o_k[None, :]), mask=m_tk, other=0)
         b_dx = tl.dot(b_p.to(dtype), b_k, b_dx, input_precision=PRECISION)
         if norms is not None:
             b_dx = (b_dx - b_k.to(tl.float32) * (a_kk * a_nk)[:, None]) * a_nk[:, None]
-        o_i, o_l, m_t = parts.places(size, i_c, BT, 8)
-        o_xk = (o_i * H)[:, None] * K + o_k[None, :]
-        tl.store(dk + i_x * K + o_xk, b_dx.to(dk.dtype.element_ty), mask=m_t[:, None] & m_k[None, :])
+        o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 8)
+        m_tk = m_t[:, None] & m_k[None, :]
+        tl.store(dk + i_x * K + (o_x[:, None] * K + o_k[None, :]), b_dx.to(dk.dtype.element_ty), mask=m_tk)
 
         if GROUP > 1:
             if decays is not None:
                 b_s *= tl.exp(high)
-            o_i, o_l, m_t = parts.places(size, i_c, BT, 6)
-            b_u = parts.tile(u + i_x * V, o_l, H, o_v, V, BV)
+            o_i, m_t, o_x, o_xk = parts.tokens(length, i_c, H, REPEAT, BT, 6)
+            b_u = tl.load(
+                u + i_x * V + o_x[:, None] * V + o_v[None, :], mask=m_t[:, None] & (o_v < V)[None, :], other=0
+            )
             b_kw = (b_k.to(tl.float32) * (b_nk * b_to)[:, None]).to(dtype)
             b_s = tl.dot(tl.trans(b_u), b_kw, b_s, input_precision=PRECISION)

@@ -114,10 +114,11 @@ def rows(tokens, o_i, i_c, PHASE: tl.constexpr):
 
 
 @triton.jit
-def places(tokens, i_c, BT: tl.constexpr, PHASE: tl.constexpr):
-    """The number of every row in the chunk, and its :func:`rows`."""
+def tokens(length, i_c, H, REPEAT: tl.constexpr, BT: tl.constexpr, PHASE: tl.constexpr):
+    """The tokens of chunk ``i_c`` (:func:`anew`): number in it, whether it exists, row in memory of value heads and
+    of key heads. [BT] each."""
     o_i = anew(tl.arange(0, BT), i_c, PHASE)
-    return o_i, tl.minimum(o_i, tokens - 1), o_i < tokens
+    return o_i, i_c * BT + o_i < length, o_i * H, o_i * (H // REPEAT)
 
 
 @triton.jit

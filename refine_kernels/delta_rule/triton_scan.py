@@ -11,7 +11,7 @@ import triton.language as tl
 from refine_kernels.delta_rule import triton_parts as parts
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "ALL"])
 def inverse_kernel(
     q,  # [B, T, H / REPEAT, K]
     k,  # [B, T, H / REPEAT, K]
@@ -38,8 +38,8 @@ def inverse_kernel(
     19 for parallel keys and beta = 1.9, and would be most of what such states lose.
 
     Reads k, beta, g and, for its norms, q once, writes M, the running sums of g and the factors
-    ``1 / sqrt(sum x^2 + eps)`` once. The 16 x 16 blocks on the diagonal by
-    substitution, row after row in all of them at once; then blocks of 32 and 64 by ``M <- M - M A_below M``.
+    ``1 / sqrt(sum x^2 + eps)`` once. The 8 x 8 blocks on the diagonal by substitution, row after row in all of them
+    at once; then blocks of 16, 32 and 64 by ``M <- M - M A_below M``.
     Substitution keeps its accuracy for parallel keys, where powers of A (Neumann doubling) reach 10^8.
     """
     pid = tl.program_id(0)
@@ -120,7 +120,7 @@ def _factors(b_x, EPS: tl.constexpr):  # [BT, BK] -> [BT]
     return tl.rsqrt(tl.sum(b_f * b_f, 1) + EPS)
 
 
-@triton.jit(do_not_specialize=["T", "N_STATES", "STRIDE", "SPAN"])
+@triton.jit(do_not_specialize=["T", "ALL", "N_STATES", "STRIDE", "SPAN"])
 def scan_kernel(
     q,  # [B, T, H / REPEAT, K]; None without o
     k,  # [B, T, H / REPEAT, K]
@@ -179,7 +179,9 @@ def scan_kernel(
     begin, length = parts.sequence(cu_seqlens, i_n, T)
     whole = tl.cdiv(length, BT)
     chunks = whole
-    first = tl.minimum(T, 0)  # 0, which the compiler does not know: it would keep addresses of all phases in registers
+    first = tl.minimum(
+        T, 0
+    )  # 0, which the compiler does not know: it would keep addresses of all phases in registers
     if SPAN is not None:
         first = (i_row - parts.place(cu_seqlens, i_n, begin, T, SPAN * BT)).to(tl.int32) * SPAN
         chunks = tl.minimum(whole, first + SPAN)
@@ -287,7 +289,7 @@ def scan_kernel(
             tl.store(final_state + i_z + o_z, b_s, mask=tl.where(last, m_s, False))
 
 
-@triton.jit(do_not_specialize=["T", "N_STATES", "STRIDE", "SPAN"])
+@triton.jit(do_not_specialize=["T", "ALL", "N_STATES", "STRIDE", "SPAN"])
 def reverse_kernel(
     q,  # [B, T, H / REPEAT, K]
     k,  # [B, T, H / REPEAT, K]
@@ -341,7 +343,9 @@ def reverse_kernel(
     i_place = parts.place(cu_seqlens, i_n, begin, T, BT)
     whole = tl.cdiv(length, BT)
     chunks = whole
-    first = tl.minimum(T, 0)  # 0, which the compiler does not know: it would keep addresses of all phases in registers
+    first = tl.minimum(
+        T, 0
+    )  # 0, which the compiler does not know: it would keep addresses of all phases in registers
     if SPAN is not None:
         first = (i_row - parts.place(cu_seqlens, i_n, begin, T, SPAN * BT)).to(tl.int32) * SPAN
         chunks = tl.minimum(whole, first + SPAN)
@@ -382,7 +386,7 @@ def reverse_kernel(
         i_x = (begin + i_c * BT) * H + i_h  # the chunk's first
         i_xk = i_x // REPEAT  # of the key head
         tokens = tl.minimum(length - i_c * BT, BT)
-        o_l, m_t = parts.rows(tokens, o_i, i_c, 5)
+        o_l, _ = parts.rows(tokens, o_i, i_c, 5)
         b_q = parts.tile(q + i_xk * K, o_l, HK, o_k, K, BK)
         b_k = parts.tile(k + i_xk * K, o_l, HK, o_k, K, BK)
         b_do = parts.tile(d_o + i_x * V, o_l, H, o_v, V, BV)

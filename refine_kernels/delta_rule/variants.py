@@ -88,8 +88,8 @@ def _recurrent(kd: int, vd: int, dtype: torch.dtype, gated: bool) -> None:
 
 
 def turns(kernel: str, given: dict[str, Any]) -> tuple[list, bool, float]:
-    """For the counted clock: turns of a kernel's outermost loops, whether it goes along a sequence, and the share of
-    its programs that have work. ``given``: the launch's arguments; sequences of one length."""
+    """For the counted clock: turns of a kernel's outermost loops, whether it goes along a sequence, and the share
+    of its programs that have work. ``given``: the launch's arguments; sequences of one length."""
     span, chunks = given.get("SPAN"), -(-given["T"] // given["BT"])
     if kernel == "inverse":
         return [], False, 1.0
@@ -106,7 +106,9 @@ def turns(kernel: str, given: dict[str, Any]) -> tuple[list, bool, float]:
     return [span], True, share
 
 
-def clock_call(rows: int, tokens: int, heads: int, value_heads: int, kd: int, vd: int, dtype: torch.dtype, gated: bool):
+def clock_call(
+    rows: int, tokens: int, heads: int, value_heads: int, kd: int, vd: int, dtype: torch.dtype, gated: bool
+):
     """For the counted clock: ``(forward, forward for training, backward)`` of plain rows with the l2 norm."""
     new = partial(torch.empty, device="meta")
     q = new(rows, tokens, heads, kd, dtype=dtype)
@@ -122,6 +124,8 @@ def clock_call(rows: int, tokens: int, heads: int, value_heads: int, kd: int, vd
         kept = triton_chunk.checkpoint_count(v, None), triton_chunk.kept_count(q, v, g)
         checkpoints = new(kept[0], rows, value_heads, kd, vd)
         o, d_o = new(v.shape, dtype=dtype), new(v.shape, dtype=dtype)
-        triton_chunk.backward(*given, checkpoints, q.new_empty(kept[1]), o, d_o, None, None, kd**-0.5, True, 0)
+        triton_chunk.backward(
+            *given, checkpoints, q.new_empty(kept[1]), o, d_o, None, None, kd**-0.5, True, 0
+        )
 
     return partial(forward, False), partial(forward, True), backward

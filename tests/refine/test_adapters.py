@@ -20,7 +20,7 @@ from refine.training.settings import TrainSettings
 from refine.training.tracking import read_metrics
 from tests.numerics import assert_close
 from tests.refine.test_group_phase import GRPO
-from tests.refine.test_train import run, text_file  # noqa: F401 (a fixture)
+from tests.refine.test_train import run
 from tests.refine.test_train_parallel import torchrun
 from tests.refine.tiny import tiny_model
 
@@ -58,7 +58,7 @@ PHASES = {
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_run_trains_and_saves_adapters_alone(tmp_path, text_file, rows, phase):  # noqa: F811
+def test_a_run_trains_and_saves_adapters_alone(tmp_path, text_file, rows, phase):
     data = text_file if phase in ("mid", "sft") else rows
     assert run(tmp_path, data, **LORA | {"phase": phase} | PHASES[phase]) == 0
     final = tmp_path / "final"
@@ -81,7 +81,7 @@ def test_a_run_trains_and_saves_adapters_alone(tmp_path, text_file, rows, phase)
     assert not hasattr(merged, "peft_config")
 
 
-def test_a_resumed_run_is_the_same_run(tmp_path, text_file):  # noqa: F811
+def test_a_resumed_run_is_the_same_run(tmp_path, text_file):
     changes = LORA | {"max_steps": 4, "save_steps": 2, "lora_dropout": 0.1, "lora_modules_to_save": "norm"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(whole, text_file, **changes) == 0
@@ -93,7 +93,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path, text_file):  # noqa: F811
         assert torch.equal(found[name], value), name
 
 
-def test_training_goes_on_with_the_adapters_of_a_folder(tmp_path, text_file, capsys):  # noqa: F811
+def test_training_goes_on_with_the_adapters_of_a_folder(tmp_path, text_file, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     assert run(first, text_file, **LORA) == 0
     other = LORA | {"lora_r": 8, "model_name_or_path": str(first / "final")}
@@ -170,7 +170,7 @@ def test_settings_that_cannot_be(given, said):
         TrainSettings(**given)
 
 
-def test_names_that_are_not_there(tmp_path, text_file, capsys):  # noqa: F811
+def test_names_that_are_not_there(tmp_path, text_file, capsys):
     assert run(tmp_path / "a", text_file, **LORA, lora_target_modules="q_prj") == 2
     assert "no linear map 'q_prj'; it has" in capsys.readouterr().err
     assert run(tmp_path / "a", text_file, **LORA, lora_modules_to_save="nrm") == 2
@@ -181,7 +181,7 @@ def test_names_that_are_not_there(tmp_path, text_file, capsys):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
-def test_two_processes_end_where_one_ends(tmp_path, text_file, mode):  # noqa: F811
+def test_two_processes_end_where_one_ends(tmp_path, text_file, mode):
     changes = LORA | {"max_steps": 3}
     assert run(tmp_path / "one", text_file, **changes | {"gradient_accumulation_steps": 2}) == 0
     torchrun(tmp_path / "two", text_file, **changes, parallel=mode)

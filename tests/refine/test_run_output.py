@@ -27,11 +27,6 @@ def tokenizer():
     return load_model_and_tokenizer(parse_settings([]))[1]
 
 
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("data") / "text.jsonl")
-
-
 @pytest.mark.with_report
 def test_a_run_says_what_is_true_and_leaves_what_happened(tmp_path, text_file, capsys):
     changes = {"sample_steps": 6, "eval_samples": 3, "max_steps": 12}

@@ -22,15 +22,7 @@ from refine.training import checkpoint, phases, tracking
 from refine.training.tracking import Tracker, read_metrics
 from tests.refine.runs import checkpoints, run, spoil_weights, steps, weights, write_text
 
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    monkeypatch.setattr(training, "draw_plots", lambda folder: [])
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("data") / "text.jsonl")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")

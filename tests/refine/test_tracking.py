@@ -65,7 +65,7 @@ def test_plots_show_what_there_is(tmp_path, monkeypatch):
     log.log(12, {"ntp_loss": float("nan")})
     log.close()
     assert [path.name for path in draw_plots(tmp_path)] == ["loss.png"]
-    log = tracker(tmp_path)
+    log = tracker(tmp_path, 12)
     for step in (13, 14, 15):
         log.log(step, {"eval_cosine_by_sequence": [0.1 * step, 0.2, float("nan") if step == 14 else 0.3]})
     log.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -32,17 +31,6 @@ SMALL = {
     "sample_steps": 2,
     "shuffle_buffer": 8,
 }
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    """Documents of a few hundred tokens each."""
-    path = tmp_path_factory.mktemp("data") / "text.jsonl"
-    lines = [
-        {"text": f"Document {i}. " + "The grass is green and the sky is blue. " * (20 + i)} for i in range(30)
-    ]
-    path.write_text("\n".join(json.dumps(line) for line in lines))
-    return path
 
 
 def command_line(output_dir, data, **changes) -> list[str]:
