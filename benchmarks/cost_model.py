@@ -20,7 +20,7 @@ from refine.models.state import map_state
 
 PUBLISHED = {
     "DeltaNet-1.3B": DeltaNetConfig(hidden_size=2048, num_heads=16, intermediate_size=5632),
-    "LaCT-760M": LaCTConfig(),
+    "LaCT-760M": LaCTConfig(w0_w2_low_rank=32, rope_theta=1e6),
 }
 RATED = 989e12  # FLOP/s of an H100 SXM in bf16 without sparsity, by its data sheet
 UTILISATION = 0.4

@@ -430,7 +430,7 @@ def models() -> Iterator[tuple[str, torch.nn.Module]]:
         else small | {"num_heads": 2}
     )
     lact = (
-        {}
+        {"w0_w2_low_rank": 32, "rope_theta": 1e6}
         if CUDA
         else small | {"num_attn_heads": 4, "num_lact_heads": 2, "lact_chunk_size": 64, "window_size": 64}
     )

@@ -36,7 +36,13 @@ MODELS = {
     ),
     "lact": (
         "LaCT, hidden 256, 4 layers, 2 fast heads of 128, chunk 512, window 512",
-        {"num_attn_heads": 4, "num_lact_heads": 2, "lact_chunk_size": 512, "window_size": 512},
+        {
+            "num_attn_heads": 4,
+            "num_lact_heads": 2,
+            "lact_chunk_size": 512,
+            "window_size": 512,
+            "w0_w2_low_rank": 32,
+        },
     ),
     "qwen3_5": (
         "Qwen3.5, hidden 256, 8 layers, 2 of them attention (4 heads of 64), 4 value and 2 key heads of 64",

@@ -16,24 +16,36 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from refine.commands import answer_help
+
+if __name__ == "__main__":
+    answer_help("eval", sys.argv[1:])  # before the seconds that the imports below take
+
 import numpy as np
 from transformers.utils.logging import disable_progress_bar
 
 from refine.data.recall_documents import recall_items
 from refine.data.stream import DataConfig, held_out_stream
-from refine.evaluation.answers import answer_items
-from refine.evaluation.curves import bootstrap_interval, draw_curves, loss_by_position, recall_over_distance
+from refine.environment import versions
+from refine.evaluation.answers import answer_items, whole_batches
+from refine.evaluation.curves import (
+    bootstrap_interval,
+    draw_curves,
+    entropy_by_position,
+    loss_by_position,
+    recall_over_distance,
+)
 from refine.evaluation.held_out import held_out_by_document
 from refine.evaluation.metrics import wilson_interval
 from refine.evaluation.predictions import RESULTS, Predictions, PredictionsError, check_folder, fingerprint
 from refine.evaluation.recall import evaluate_copying, evaluate_recall
 from refine.evaluation.report import (
     average_scores,
+    describe_model,
     draw_heat_maps,
     score_predictions,
     score_records,
     table,
-    versions,
 )
 from refine.evaluation.settings import FREE_ON_RESUME, EvalSettings, parse_settings
 from refine.evaluation.tasks.haystack import find_essay
@@ -54,6 +66,7 @@ from refine.prepare import (
 )
 from refine.settings import SettingsError
 from refine.signals import Terminated, name_and_code, terminations
+from refine.terminal import fixed, terminal
 
 DOCUMENTS = 96  # of a measure
 COPY_DISTANCES = (32, 64, 128)
@@ -94,11 +107,15 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     if folder is not None:
         check_folder(folder, settings.resume, settings.overwrite_output_dir)
     device = choose_device(settings.device)
-    model, tokenizer = load_model_and_tokenizer(settings)
+    terminal.open()
+    with terminal.stage("loading the model"):
+        model, tokenizer = load_model_and_tokenizer(settings)
     try_reward(settings, model.config.hidden_size)
     model.to(device).eval()
     bad = BadRows()
-    items = _items(settings, tokenizer, bad)
+    with terminal.stage("preparing the tasks"):
+        items = _items(settings, tokenizer, bad)
+    _print_banner(settings, model, device, len(items))
     for sentence in bad.describe():
         print(f"refine.eval: {sentence}", file=sys.stderr)
     identity = _identity(settings, model) if items else {}
@@ -106,7 +123,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         folder if items else None, identity, resume=settings.resume, overwrite=settings.overwrite_output_dir
     )
     if predictions.lines:
-        print(f"going on: {len(predictions.lines)} of {len(items)} samples are answered")
+        terminal.say(f"going on: {len(predictions.lines)} of {len(items)} samples are answered")
 
     results, intervals = _measure(model, tokenizer, settings)
     curves = _curves(model, tokenizer, settings)
@@ -114,7 +131,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         results |= {f"{name}_{place}": value for place, (value, _) in curve.items()}
         intervals |= {f"{name}_{place}": interval for place, (_, interval) in curve.items() if interval}
     for name, value in results.items():
-        print(f"{name:<28}{value:>12,}" if isinstance(value, int) else f"{name:<28}{value:>12.4f}")
+        terminal.say(f"{name:<28}{value:>12,}" if isinstance(value, int) else f"{name:<28}{fixed(value):>12}")
 
     trainer = answer_items(model, tokenizer, items, settings, predictions) if items else None
     predictions.close()
@@ -122,7 +139,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     scores = score_predictions(lines, trainer is not None)
     averages = average_scores(scores)
     if scores:
-        print("\n".join(table(scores, averages)))
+        terminal.say("\n".join(table(scores, averages)))
         _say_counts(scores, bad, trainer)
     for score in (*scores, *averages):
         results[score.name] = score.score
@@ -130,6 +147,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
 
     record = {
         "model": settings.model_name_or_path,
+        "about_model": describe_model(model),
         "results": results,
         "intervals": intervals,
         "scores": score_records(scores),
@@ -144,13 +162,33 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     return record
 
 
+def _print_banner(settings: EvalSettings, model, device, items: int) -> None:
+    """What is about to happen."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    name = settings.model_name_or_path or "the tiny model of this package"
+    rows = [
+        ("model", f"{name}: {model.config.model_type}, {parameters:,} parameters, {device}"),
+        ("tasks", ", ".join(settings.tasks)),
+    ]
+    if items:
+        trained = (
+            "" if settings.ttt == "none" else f", after test-time training ({settings.ttt}) on the prompts"
+        )
+        rows.append(("answers", f"{items:,} prompts, {settings.batch_size} together{trained}"))
+    rows.append(("folder", settings.output_dir or "none: results are printed alone"))
+    terminal.banner("refine: evaluation", rows)
+
+
 def _items(settings: EvalSettings, tokenizer, bad: BadRows) -> list[Item]:
     """Every sample to be answered, by task and length."""
     items: list[Item] = []
     columns = Columns(settings.prompt_column, settings.answer_column, settings.task_column)
-    rest = {"bad": bad, "samples": settings.samples, "max_prompt_length": settings.max_prompt_length}
+    rest = {
+        "bad": bad, "samples": settings.samples, "max_prompt_length": settings.max_prompt_length,
+        "add_bos_token": settings.add_bos_token,
+    }  # fmt: skip
     try:
-        counter, essay = TokenCounter(tokenizer), None
+        counter, essay = TokenCounter(tokenizer, settings.add_bos_token), None
         for name in [task for task in settings.tasks if task in NIAH_TASKS]:
             if NIAH_TASKS[name].haystack == "essay":
                 essay = find_essay(settings.essay_file)
@@ -166,14 +204,17 @@ def _items(settings: EvalSettings, tokenizer, bad: BadRows) -> list[Item]:
                 )
         if asked := [task for task in settings.tasks if task.startswith("ruler_")]:
             of = None if "ruler_qa" in asked else asked
-            items += qa_items(settings.ruler_qa_files, columns, tokenizer, tasks=of, **rest)
+            items += qa_items(
+                settings.ruler_qa_files, columns, tokenizer, tasks=of, lengths=settings.qa_lengths, **rest
+            )
         if asked := [task.removeprefix(PREFIX) for task in settings.tasks if task.startswith(PREFIX)]:
             items += longbench_items(settings.longbench_files, columns, tokenizer, tasks=asked, **rest)
     except ValueError as error:
         raise SettingsError(str(error)) from error
     order = {(item.task, item.length): None for item in items}  # rows of one task may lie apart in the files
     place = {group: number for number, group in enumerate(order)}
-    return sorted(items, key=lambda item: place[item.task, item.length])
+    items = sorted(items, key=lambda item: place[item.task, item.length])
+    return whole_batches(items, settings) if settings.drop_last_batch else items
 
 
 def _identity(settings: EvalSettings, model) -> dict[str, Any]:
@@ -194,15 +235,18 @@ def _measure(model, tokenizer, settings: EvalSettings) -> tuple[dict, dict]:
     count = settings.samples or DOCUMENTS
     if "held_out" in settings.tasks:
         stream = held_out_stream(_held_out_text(settings), tokenizer)
-        documents = islice(stream.batches(1), count)
-        results, intervals = held_out_by_document(model, documents, settings, settings.seed)
+        with terminal.stage("tokenising held-out text"):
+            documents = list(islice(stream.batches(1), count))
+        read = terminal.track(documents, "held_out")
+        results, intervals = held_out_by_document(model, read, settings, settings.seed)
+        del results["eval_cosine_by_sequence"]  # for a run's curve
     if "copying" in settings.tasks:
-        for distance in COPY_DISTANCES:
+        for distance in terminal.track(COPY_DISTANCES, "copying"):
             found = evaluate_copying(model, len(tokenizer), distance, count, settings.seed)
             results |= {name.replace("_", f"_{distance}_", 1): value for name, value in found.items()}
             intervals[f"copy_{distance}_accuracy"] = wilson_interval(found["copy_accuracy"], count)
     if "recall" in settings.tasks:
-        for tokens in settings.recall_tokens:
+        for tokens in terminal.track(settings.recall_tokens, "recall"):
             found = _recall(model, tokenizer, settings.seed, count, tokens)
             results |= {
                 name.replace("recall_", f"recall_{tokens}_", 1): value for name, value in found.items()
@@ -218,7 +262,8 @@ def _curves(model, tokenizer, settings: EvalSettings) -> dict[str, dict[int, tup
     if "recall_curve" in settings.tasks:
         text = np.concatenate(_held_out_windows(settings, tokenizer, settings.max_length, 2))
         distances = settings.recall_distances
-        found = recall_over_distance(model, text, distances, count, settings.seed, settings.batch_size)
+        with terminal.stage("recall_curve"):
+            found = recall_over_distance(model, text, distances, count, settings.seed, settings.batch_size)
         curves["recall_curve"] = {
             distance: (own["accuracy"], bootstrap_interval(own["passages"]))
             for distance, own in found.items()
@@ -226,9 +271,16 @@ def _curves(model, tokenizer, settings: EvalSettings) -> dict[str, dict[int, tup
         curves["recall_curve_nats"] = {distance: (own["nats"], None) for distance, own in found.items()}
     if "loss_by_position" in settings.tasks:
         documents = _held_out_windows(settings, tokenizer, settings.positions, settings.positions)
-        found = loss_by_position(model, documents[:count], settings.positions)
+        read = terminal.track(documents[:count], "loss_by_position")
+        found = loss_by_position(model, read, settings.positions)
         curves["loss_by_position"] = {
             end: (float(losses.mean()), bootstrap_interval(losses)) for end, losses in found.items()
+        }
+    if "entropy_by_position" in settings.tasks:
+        documents = _held_out_windows(settings, tokenizer, settings.positions, settings.positions)
+        found = entropy_by_position(model, documents[:count], settings.positions)
+        curves["entropy_by_position"] = {
+            end: (float(own.mean()), bootstrap_interval(own)) for end, own in found.items()
         }
     return curves
 
@@ -253,6 +305,7 @@ def _held_out_text(settings: EvalSettings) -> DataConfig:
         max_length=settings.max_length,
         min_length=settings.min_tokens,
         seed=settings.seed,
+        add_bos_token=settings.add_bos_token,
     )
 
 
@@ -278,7 +331,7 @@ def _say_counts(scores, bad: BadRows, trainer) -> None:
         ),
     ):
         if count:
-            print(f"{count} {what}")
+            terminal.say(f"{count} {what}")
 
 
 def _write(
@@ -291,10 +344,10 @@ def _write(
         raise PredictionsError(f"output_dir {str(folder)!r} cannot be written: {why(error)}") from error
     try:
         if draw_heat_maps(lines, folder / "niah.png"):
-            print(f"picture  {folder / 'niah.png'}")
+            terminal.say(f"picture  {folder / 'niah.png'}")
         recall, loss = (curves.get(name, {}) for name in ("recall_curve", "loss_by_position"))
         if draw_curves(recall, loss, folder / "curves.png"):
-            print(f"picture  {folder / 'curves.png'}")
+            terminal.say(f"picture  {folder / 'curves.png'}")
     except Exception as error:  # no picture is worth an evaluation
         print(f"no picture: {type(error).__name__}: {why(error)}", file=sys.stderr)
 

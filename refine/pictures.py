@@ -7,8 +7,20 @@ from contextlib import contextmanager
 from typing import Any
 
 
+def import_matplotlib() -> Any:
+    """``matplotlib`` that draws into files.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    with _variable("MPLBACKEND", "agg"):
+        import matplotlib
+
+        return matplotlib
+
+
 def import_pyplot() -> Any:
-    """``matplotlib.pyplot`` that draws into files, whatever the environment (a notebook's) asks for.
+    """``matplotlib.pyplot`` likewise.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,5 +1,5 @@
-"""What training and evaluation both need before they begin: the settings that they share, and from these the
-model, its tokenizer, the device and what to read.
+"""What training and evaluation both need before they begin: from the settings that they share the model, its
+tokenizer, the device and what to read.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,57 +22,11 @@ from refine.finite import first_not_finite
 from refine.method.config import RefineConfig
 from refine.method.rewards import REWARDS, find_reward
 from refine.models import load_model, new_model
-from refine.settings import SettingsError, setting
+from refine.models.adapters import ALL_LINEAR, add_adapters, holds_adapters, load_adapted
+from refine.settings import SettingsError
+from refine.shared_settings import ModelSettings, NewModelSettings
 
 BACKENDS = ("triton", "torch", "reference")
-
-
-@dataclass(kw_only=True)
-class ModelSettings:
-    """Which model, and where it runs."""
-
-    model_name_or_path: str | None = setting(
-        None, "a folder or a hub name (also: model); none: the tiny model of this package"
-    )
-    tokenizer_name_or_path: str | None = setting(None, "default: the model's own")
-    bf16: bool = setting(False, "autocast to bfloat16; parameters stay float32")
-    device: str | None = setting(None, "cpu, cuda, cuda:1; default: a GPU if any")
-    seed: int = setting(0, "of every draw", least=0, most=2**63 - 1)
-
-
-@dataclass(kw_only=True)
-class NewModelSettings:
-    """A model that begins from random weights."""
-
-    model_type: str | None = setting(None, "start from random weights of this type instead of a checkpoint")
-    config_overrides: dict[str, Any] = setting({}, "model configuration, as key=value,key=value")
-    mimetic_init: bool = setting(False, "begin a new model near in-context recall (arXiv 2410.11135)")
-
-
-@dataclass(kw_only=True)
-class TextSettings:
-    """What text to read."""
-
-    dataset_name_or_path: str | None = setting(
-        None,
-        "a .parquet, .jsonl or .txt file, a folder, a hub name, or default (the text of every Python "
-        "installation), recall, needles (generated documents of recall), default+recall, default+needles",
-    )
-    dataset_config: str | None = setting(None, "the configuration of a hub dataset")
-    dataset_split: str = setting("train", "the split of a hub dataset")
-    text_column: str | None = setting(None, "default: found")
-
-
-@dataclass(kw_only=True)
-class OptimizerSettings:
-    """AdamW; the defaults are the paper's."""
-
-    learning_rate: float = setting(1e-6, "peak rate", over=0, most=1e30)
-    adam_beta1: float = setting(0.9, "of the mean of gradients", least=0, under=1)
-    adam_beta2: float = setting(0.999, "of the mean of their squares", least=0, under=1)
-    adam_epsilon: float = setting(1e-8, "added to the root of that", least=1e-37)
-    weight_decay: float = setting(0.01, "of matrices; vectors are not decayed", least=0)
-    max_grad_norm: float = setting(0.2, "gradients are clipped to this norm", over=0)
 
 
 def load_model_and_tokenizer(
@@ -98,7 +51,7 @@ def load_model_and_tokenizer(
     path = checkpoint or chosen.model_name_or_path or packaged_model()
     _check_readable(Path(path))
     try:
-        model = load_model(path, dtype=torch.float32)
+        model = _load(path, chosen, continued=checkpoint is not None)
     except FileNotFoundError:
         raise
     except (ValueError, OSError) as error:
@@ -113,6 +66,30 @@ def load_model_and_tokenizer(
     tokenizer = _load_tokenizer(chosen.tokenizer_name_or_path or path)
     _check_vocabulary(tokenizer, model.config.vocab_size)
     return model, tokenizer
+
+
+def _load(path: str | Path, chosen: ModelSettings, continued: bool) -> torch.nn.Module:
+    """The model in float32; with ``use_peft``, under adapters: those of the folder, or new ones."""
+    if not getattr(chosen, "use_peft", False):
+        return load_model(path, dtype=torch.float32)
+    if not holds_adapters(path):
+        model = load_model(path, dtype=torch.float32)
+        named = chosen.lora_target_modules
+        return add_adapters(
+            model, path, seed=chosen.seed, r=chosen.lora_r, lora_alpha=chosen.lora_alpha,
+            lora_dropout=chosen.lora_dropout, modules_to_save=chosen.lora_modules_to_save,
+            target_modules=ALL_LINEAR if named == [ALL_LINEAR] else named,
+        )  # fmt: skip
+    model = load_adapted(path, lambda base: load_model(base, dtype=torch.float32))
+    found = model.peft_config["default"]
+    for name in () if continued else ("r", "lora_alpha", "lora_dropout"):
+        given = getattr(chosen, "lora_r" if name == "r" else name)
+        if given != getattr(found, name):
+            raise SettingsError(
+                f"lora_{name.removeprefix('lora_')} is {given:g}, but the adapters in {str(path)!r}, whose "
+                f"training goes on, have {getattr(found, name):g}"
+            )
+    return model
 
 
 def check_environment() -> None:

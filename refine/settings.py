@@ -8,71 +8,22 @@ Nothing is known here of what a setting means.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import math
 import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
+from refine.mistakes import meant_by_word, nearest
+
 LARGEST_FILE = 100_000  # values in a YAML file, with what its aliases stand for written out
 IMPORTED = ("reward", "selection", "objective", "reward_funcs")  # settings that may be module:function
-
-# What other tools call a setting; a text with a blank is said as it is.
-SYNONYMS = {
-    **dict.fromkeys(("lr", "max_lr", "peak_lr"), "learning_rate"),
-    **dict.fromkeys(("batch_size", "train_batch_size", "micro_batch_size"), "per_device_train_batch_size"),
-    **dict.fromkeys(("per_device_eval_batch_size", "eval_batch_size", "per_device_batch_size"), "batch_size"),
-    **dict.fromkeys(
-        ("epochs", "num_epochs", "num_train_epochs", "max_epochs"),
-        "the length of a run is counted in updates: 'max_steps'",
-    ),
-    **dict.fromkeys(("steps", "num_steps", "train_steps", "max_iters", "total_steps"), "max_steps"),
-    **dict.fromkeys(("kl_coef", "kl_coeff", "kl_penalty"), "beta"),
-    **dict.fromkeys(("epsilon", "clip_eps", "epsilon_low", "cliprange"), "clip_range"),
-    **dict.fromkeys(("epsilon_high", "clip_ratio_high"), "clip_range_high"),
-    "delta": "dual_clip",
-    **dict.fromkeys(("num_generations", "group_size", "num_samples_per_prompt", "n"), "num_rollouts"),
-    **dict.fromkeys(("max_completion_length", "max_new_tokens", "response_length", "k"), "rollout_length"),
-    "c": "num_chunks",
-    **dict.fromkeys(("num_iterations", "ppo_epochs", "num_ppo_epochs", "mu"), "num_mini_batches"),
-    **dict.fromkeys(
-        ("max_seq_length", "max_seq_len", "seq_len", "block_size", "context_length"), "max_length"
-    ),
-    **dict.fromkeys(("model", "model_path", "model_name", "model_id", "pretrained"), "model_name_or_path"),
-    **dict.fromkeys(("tokenizer", "tokenizer_name", "tokenizer_path"), "tokenizer_name_or_path"),
-    **dict.fromkeys(
-        ("dataset", "dataset_name", "dataset_path", "data", "train_file", "train_data"),
-        "dataset_name_or_path",
-    ),
-    **dict.fromkeys(("warmup", "warmup_ratio", "num_warmup_steps"), "warmup_steps"),
-    **dict.fromkeys(("lr_scheduler", "scheduler", "scheduler_type", "lr_schedule"), "lr_scheduler_type"),
-    **dict.fromkeys(("grad_clip", "clip_grad", "gradient_clipping", "clip_grad_norm"), "max_grad_norm"),
-    **dict.fromkeys(("adam_eps", "eps", "optimizer_eps"), "adam_epsilon"),
-    **dict.fromkeys(
-        ("grad_accum", "accumulation_steps", "gradient_accumulation"), "gradient_accumulation_steps"
-    ),
-    **dict.fromkeys(("fp16", "dtype", "torch_dtype", "precision", "mixed_precision"), "bf16"),
-    **dict.fromkeys(("output", "out_dir", "output_path", "save_dir", "logging_dir"), "output_dir"),
-    **dict.fromkeys(("resume", "resume_from"), "resume_from_checkpoint"),
-    "resume_from_checkpoint": "resume",
-    **dict.fromkeys(("overwrite", "force"), "overwrite_output_dir"),
-    **dict.fromkeys(("limit", "num_samples", "max_samples"), "samples"),
-    **dict.fromkeys(("eval_strategy", "evaluation_strategy"), "eval_steps"),
-    "save_strategy": "save_steps",
-    "logging_strategy": "logging_steps",
-    **dict.fromkeys(("reward_funcs", "reward_fn", "reward_function", "reward_model"), "reward"),
-    "loss_type": "objective",
-    **dict.fromkeys(("random_seed", "data_seed"), "seed"),
-    **dict.fromkeys(("task", "benchmark", "benchmarks"), "tasks"),
-}
 
 
 class SettingsError(ValueError):
@@ -117,6 +68,8 @@ def check_values(settings: Any) -> None:
                     must = "takes" if each else "must be one of"
                     raise SettingsError(f"{f.name} {must} {', '.join(choices)}, got {short(item)}")
         for item in items:
+            if isinstance(item, str) and not item.strip():
+                raise SettingsError(f"{f.name} is empty: give a value, or leave it out")
             if not isinstance(item, int | float) or isinstance(item, bool):
                 continue
             tests = (
@@ -139,6 +92,7 @@ def read_command_line(
     about: str,
     shown: Mapping[str, Any] = types.MappingProxyType({}),
     words_are: str | None = None,
+    examples: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Any]:
     """What flags say, by the names of ``cls``, converted; ``config`` too where it is given.
 
@@ -146,8 +100,9 @@ def read_command_line(
         cls: the settings class.
         arguments: of the command.
         prog, about: for ``--help``.
-        shown: other defaults to show in ``--help``, by name.
+        shown: other defaults to show in ``--help``, by name: those without a model.
         words_are: the setting, a list, that words without a flag belong to; None: they are refused.
+        examples: (what for, command) of ``--help``.
 
     Raises:
         SettingsError: an unknown flag, a value of the wrong kind or none, something that is no flag.
@@ -158,21 +113,25 @@ def read_command_line(
     as_they_are = {f.name for f in dataclasses.fields(cls) if not f.metadata.get("commas", True)}
     found: dict[str, Any] = {}
     rest = list(arguments)
+    before: str | None = None  # the setting that the last value went to
     while rest:
         word = rest.pop(0)
         if word in ("-h", "--help"):
-            _print_help(cls, prog, about, shown)
+            from refine.option_help import print_help
+
+            print_help(cls, prog, about, shown, examples)
             raise SystemExit(0)
         if words_are is not None and not word.startswith("-"):
             found[words_are] = [*found.get(words_are, []), word]
             continue
         if not word.startswith("--") or word == "--":
-            _refuse_word(word, cls)
+            raise SettingsError(meant_by_word(word, [*kinds, *aliases], before))
         given, equals, value = word[2:].partition("=")
         name = given.replace("-", "_")
         name = name if name in kinds else aliases.get(name, name)
         if name not in kinds:
             refuse_name(given, cls)
+        before = None
         if equals:
             found[name] = convert(kinds[name], name, value)
             continue
@@ -183,6 +142,7 @@ def read_command_line(
             words.append(rest.pop(0))
         if not words and kinds[name] is not bool and _origin(kinds[name]) is not list:
             raise SettingsError(f"{name} needs a value: --{name} VALUE")
+        before = name if words else None
         if name in as_they_are:
             found[name] = words
         elif _origin(kinds[name]) is list:
@@ -293,25 +253,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     return {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
 
 
-def nearest(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
-    """The end of a sentence about an unknown name: what it may have meant."""
-    known = list(known)
-    synonym = SYNONYMS.get(name.lower(), "")
-    if " " in synonym:
-        target = synonym.rpartition(" ")[2].strip("'")
-        if target in known:
-            return f": {synonym}"
-    elif synonym in known:
-        return f": did you mean {synonym!r}?"
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if near:
-        return f": did you mean {near[0]!r}?"
-    return f"; there are {', '.join(known)}" if otherwise is None else otherwise
-
-
 def refuse_name(name: str, cls: type) -> NoReturn:
     """Say that there is no setting of that name, and which is meant."""
-    known = [*kinds_of(cls), "config", *getattr(cls, "ALIASES", {})]
+    kinds = kinds_of(cls)
+    known = [*kinds, "config", *getattr(cls, "ALIASES", {})]
+    positive = name.removeprefix("no").lstrip("_-").replace("-", "_")
+    if name.startswith("no") and kinds.get(positive) is bool:
+        raise SettingsError(f"unknown setting {name!r}: to turn it off, --{positive} false")
     raise SettingsError(f"unknown setting {name!r}{nearest(name, known, '; --help lists all')}")
 
 
@@ -367,6 +315,8 @@ def _scalar(kind: type, value: Any) -> Any:
         raise ValueError
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError
+    if kind is int and isinstance(value, str) and "e" in value.lower():
+        value = float(value)  # 1e3
     if kind is int and isinstance(value, float) and value != int(value):
         raise ValueError
     return kind(value)
@@ -403,32 +353,6 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _refuse_word(word: str, cls: type) -> NoReturn:
-    known = [*kinds_of(cls), "config"]
-    if word.startswith("-") and word.strip("-"):
-        name = word.strip("-").partition("=")[0].replace("-", "_")
-        hint = f"--{name}" if name in known else None
-        near = nearest(name, known, "; --help lists all")
-        raise SettingsError(f"{word!r}: settings begin with two dashes" + (f": {hint}" if hint else near))
-    uses = ["a file of settings is --config FILE", "a model is --model_name_or_path FOLDER"]
-    raise SettingsError(f"unknown setting {word!r}: a value stands after its --name; {', '.join(uses)}")
-
-
-def _print_help(cls: type, prog: str, about: str, shown: Mapping[str, Any]) -> None:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=about, usage=f"{prog} [--config FILE] [--NAME VALUE ...]"
-    )
-    parser.add_argument("--config", metavar="FILE", help="a YAML file of these settings")
-    for f in dataclasses.fields(cls):
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        other = f"; without --config and --model_name_or_path: {shown[f.name]}" if f.name in shown else ""
-        choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata.get("choices") else ""
-        text = (f.metadata.get("help") or "see refine.RefineConfig") + choices
-        text = f"{text} (default: {default}{other})".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", metavar="VALUE", help=text)
-    parser.print_help()
 
 
 _HERE = "\0the file"

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tqdm import tqdm
-
 
 class Terminated(BaseException):
     """SIGTERM came where nothing can be finished first."""
@@ -23,7 +21,7 @@ def stop_requests() -> Iterator[list[str]]:
         if received:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         received.append(signal.Signals(number).name)
-        tqdm.write(f"{received[0]}: finishing this update, then saving; once more to stop at once")
+        print(f"{received[0]}: finishing this update, then saving; once more to stop at once")
 
     with _handlers({signal.SIGINT: note, signal.SIGTERM: note}):
         yield received

@@ -7,20 +7,29 @@ What a step is stands in :mod:`refine.method`, what the phases do in :mod:`refin
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from refine.commands import answer_help
+
+if __name__ == "__main__":
+    answer_help("train", sys.argv[1:])  # before the seconds that the imports below take
+
 import torch
-from tqdm import tqdm
 from transformers import get_scheduler
 from transformers.utils.logging import disable_progress_bar
 
 from refine.data.document import DataError
-from refine.evaluation.held_out import evaluate_held_out
+from refine.environment import describe_machine, versions
+from refine.evaluation.held_out import held_out_by_document
+from refine.evaluation.metrics import wilson_interval
 from refine.evaluation.recall import answered_greedily, questions_of_recall
 from refine.files import why, write_whole
 from refine.prepare import (
@@ -30,18 +39,23 @@ from refine.prepare import (
     load_model_and_tokenizer,
     try_reward,
 )
+from refine.reporting import write_report
 from refine.settings import SettingsError, to_yaml
 from refine.signals import Terminated, name_and_code, stop_requests, terminations
+from refine.terminal import duration, terminal
 from refine.training import checkpoint, resume
 from refine.training.group_phase import write_completions
 from refine.training.parallel import World, join_world, wrap
 from refine.training.phases import make_phase, open_streams
 from refine.training.plots import draw_plots
-from refine.training.report import print_report, show
+from refine.training.report import describe_update, print_banner, print_report
 from refine.training.run_folder import RunFolder
+from refine.training.samples import examine_document, write_document, write_samples
 from refine.training.settings import TrainSettings, parse_settings
-from refine.training.tracking import Tracker, check_reporters, write_samples
+from refine.training.tracking import Tracker, check_reporters, first_evaluation
 from refine.training.update import adamw
+
+_EXPECTED_AFTER = 10  # updates
 
 
 class TrainingStopped(RuntimeError):
@@ -96,6 +110,9 @@ def train(settings: TrainSettings, run: list[RunFolder] | None = None) -> Path:
         world = join_world(settings.parallel, choose_device(settings.device))
     except ValueError as error:
         raise SettingsError(str(error)) from error
+    terminal.open(shown=world.is_main)
+    if not world.is_main:
+        logging.getLogger("refine").setLevel(logging.ERROR)  # rank 0 warns of data that all ranks read
     folder = RunFolder(Path(settings.output_dir))
     if run is not None:
         run.append(folder)
@@ -112,13 +129,18 @@ class _Run:
     def __init__(self, settings: TrainSettings, world: World, folder: RunFolder):
         self.settings, self.world, self.folder = settings, world, folder
         self.started = time.perf_counter()
-        self.counters = {"step": 0, "tokens": 0, "skipped": 0}
+        # seconds: of draws and updates
+        self.counters = {"step": 0, "tokens": 0, "sequences": 0, "skipped": 0, "seconds": 0.0}
+        self.first_step = 0  # of this process
+        self.training_began = 0.0
+        self.clock = self.started  # up to here, seconds are counted
         self.skipped_in_a_row = 0
         self.saved_step: int | None = None  # of the last checkpoint
         self.between = False  # amid an update: the optimizer has begun, the counters have not moved
         self.rotation_is_due = False
         self.has_gradient = True  # in the last update
         self.tracker: Tracker | None = None
+        self.examined: dict[str, Any] | None = None
 
     def go(self) -> Path:
         """From the first look at the folder to the final model."""
@@ -128,6 +150,7 @@ class _Run:
         self.begin(found)
         if before:
             self.log(before)
+            self.write_examined()
         with stop_requests() as stop:
             self.train_until(stop)
         if self.saved_step != self.counters["step"]:
@@ -135,7 +158,7 @@ class _Run:
         if self.world.any(bool(stop)):
             self.close()
             by = stop[0] if stop else "a signal to another process"
-            self.say(
+            terminal.say(
                 f"stopped by {by} after update {self.counters['step']}; go on with --resume_from_checkpoint auto"
             )
             return self.folder.path
@@ -156,9 +179,11 @@ class _Run:
         """Model, data, optimizer, and where all of them stood; nothing is written."""
         settings, world = self.settings, self.world
         self.changes = resume.compare_settings(settings, *found) if found else {}
+        torch.manual_seed(settings.seed + world.rank)  # of dropout; all other draws have seeds of their own
         path = found[0] if found else None
         try:
-            model, self.tokenizer = load_model_and_tokenizer(settings, settings, path)
+            with terminal.stage("loading the model"):
+                model, self.tokenizer = load_model_and_tokenizer(settings, settings, path)
         except (SettingsError, FileNotFoundError, RuntimeError, OSError) as error:
             if found is None:
                 raise
@@ -168,8 +193,9 @@ class _Run:
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = wrap(model, world, torch.bfloat16 if settings.bf16 else None)
-        self.stream, self.held_out = open_streams(settings, self.tokenizer, world)
-        self.questions = self._questions()
+        with terminal.stage("reading the data"):
+            self.stream, self.held_out = open_streams(settings, self.tokenizer, world)
+            self.questions = self._questions()
         self.optimizer = adamw(self.model, settings)
         self.optimizer.register_step_pre_hook(self._amid_an_update)
         self.phase = make_phase(settings, self.model, self.optimizer, world, self.tokenizer)
@@ -185,10 +211,14 @@ class _Run:
             resume.restore_schedule(self.schedule, self.optimizer, state["schedule"])
             resume.restore_position(self.stream, found[0], state["data"])
             self.counters |= state["counters"]
+            if "sequences" not in state["counters"]:  # of an earlier version, which did not count them
+                del self.counters["sequences"]
             if found[0].resolve().parent == self.folder.path.resolve():
                 self.saved_step = self.counters["step"]
             checkpoint.set_random_state(state["random"])
         self.position = self.stream.state_dict()
+        self.first_step = self.counters["step"]
+        print_banner(settings, model, world.device, world.size, len(self.held_out), self.first_step)
 
     def begin(self, found: tuple[Path, dict[str, Any]] | None) -> None:
         """Take the folder: from here on files are written."""
@@ -199,12 +229,13 @@ class _Run:
         by_name = settings.resume_from_checkpoint not in ("none", "auto")
         self.folder.begin(found[0] if found else None, step, by_name)
         if found:
-            print(f"going on from {found[0]}, after update {step}")
+            terminal.say(f"going on from {found[0]}, after update {step}")
             if self.changes:
-                print("settings changed since then: " + resume.describe(self.changes))
+                terminal.say("settings changed since then: " + resume.describe(self.changes))
         elif settings.resume_from_checkpoint == "auto":
-            print(f"no checkpoint in {self.folder.path}: starting anew")
+            terminal.say(f"no checkpoint in {self.folder.path}: starting anew")
         write_whole(self.folder.path / "config.yaml", to_yaml(settings))
+        self._write_environment(anew=found is None)
         self.tracker = Tracker(
             self.folder.path, settings.report_to, settings.run_name, dataclasses.asdict(settings), step,
             closed=step >= settings.max_steps,
@@ -213,39 +244,41 @@ class _Run:
     def train_until(self, stop: list[str]) -> None:
         """Updates up to ``max_steps`` or a request to stop. After an error the last whole update is saved."""
         try:
-            with tqdm(
-                total=self.settings.max_steps, initial=self.counters["step"], desc=self.settings.phase,
-                unit="update", disable=None if self.world.is_main else True,
-            ) as bar:  # fmt: skip
+            settings, done = self.settings, self.counters["step"]
+            self.training_began = time.perf_counter()
+            with terminal.progress(settings.phase, settings.max_steps, done, "update") as advance:
                 self.model.train()
-                batches = self.stream.batches(self.settings.per_device_train_batch_size)
-                while self.counters["step"] < self.settings.max_steps and not self.world.any(bool(stop)):
-                    self.train_on_one_draw(batches, bar)
+                batches = self.stream.batches(settings.per_device_train_batch_size)
+                while self.counters["step"] < settings.max_steps and not self.world.any(bool(stop)):
+                    self.train_on_one_draw(batches, advance)
         except checkpoint.CheckpointError:
             raise
         except Exception:
             self.save_after_an_error()
             raise
 
-    def train_on_one_draw(self, batches: Iterator, bar: tqdm) -> None:
+    def train_on_one_draw(self, batches: Iterator, advance: Callable[[int, str], None]) -> None:
         """The updates that one draw of rollouts serves (one, on-policy), and a checkpoint where one is due."""
         settings, counters = self.settings, self.counters
+        self.clock = time.perf_counter()
         updates = min(settings.num_mini_batches, settings.max_steps - counters["step"])
         saved_before = counters["step"] // settings.save_steps if settings.save_steps else 0
-        mini_batches = [
-            [next(batches).to(self.world.device) for _ in range(settings.gradient_accumulation_steps)]
-            for _ in range(updates)
-        ]
+        with self._reading():
+            mini_batches = [
+                [next(batches).to(self.world.device) for _ in range(settings.gradient_accumulation_steps)]
+                for _ in range(updates)
+            ]
         drawn = list(zip(mini_batches, self.phase.draw(mini_batches, counters["step"])))
         for mini_batch, draws in (drawn * settings.num_iterations)[: settings.max_steps - counters["step"]]:
             began = time.perf_counter()
             metrics, last = self.phase.update(mini_batch, draws, counters["step"])
-            self.count(metrics, time.perf_counter() - began)
+            self.count(metrics, mini_batch, time.perf_counter() - began)
             self.position = self.stream.state_dict()
             self.between = False
             self.rotate(proven=not metrics["skipped"])
             self.record(metrics, mini_batch, last)
-            show(bar, metrics, counters)
+            advance(1, describe_update(metrics, counters))
+            self._say_expected_time()
             if self.skipped_in_a_row >= settings.max_skipped_updates:
                 raise TrainingStopped(
                     f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient "
@@ -255,15 +288,22 @@ class _Run:
             left = settings.max_steps - counters["step"]
             if self.held_out and settings.eval_steps and counters["step"] % settings.eval_steps == 0 < left:
                 self.log(self.evaluate())
+                self.write_examined()
+                self.clock = time.perf_counter()
         if settings.save_steps and counters["step"] // settings.save_steps > saved_before:
             self.save()
 
-    def count(self, metrics: dict[str, float], seconds: float) -> None:
+    def count(self, metrics: dict[str, float], mini_batch: list, seconds: float) -> None:
         """Move the counters and the learning rate on, and add them to an update's metrics."""
         counters = self.counters
         counters["step"] += 1
+        now = time.perf_counter()
+        counters["seconds"] += now - self.clock
+        self.clock = now
         self.schedule.step()
         counters["tokens"] += metrics["tokens"]
+        if "sequences" in counters:
+            counters["sequences"] += sum(len(batch.input_ids) for batch in mini_batch) * self.world.readers[1]
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["skipped"] else 0
         self.has_gradient = metrics["grad_norm"] != 0
         counters["skipped"] += metrics["skipped"]
@@ -271,6 +311,7 @@ class _Run:
             "learning_rate": self.schedule.get_last_lr()[0],
             "tokens_per_second": metrics["tokens"] / max(seconds, 1e-9),
             "total_tokens": counters["tokens"],
+            "train_seconds": counters["seconds"],
             "skipped_updates": counters["skipped"],
         }
 
@@ -285,7 +326,7 @@ class _Run:
         if settings.phase == "grpo":
             self.tracker.attempt("samples", lambda: write_completions(folder, step, batch, last))
         else:
-            ids = batch.input_ids
+            ids = batch.input_ids[0, : int(batch.attention_mask[0].sum())]
             self.tracker.attempt("samples", lambda: write_samples(folder, step, ids, last, self.tokenizer))
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -293,18 +334,32 @@ class _Run:
         if self.tracker is not None:
             self.tracker.log(self.counters["step"], metrics)
 
-    def evaluate(self) -> dict[str, float]:
-        """The measures of held-out data."""
+    def evaluate(self) -> dict[str, Any]:
+        """The measures of held-out data; ``_low`` and ``_high`` are the ends of their 95 % intervals. The first
+        held-out document is examined too."""
+        settings = self.settings
         with self.phase.precision():
             measured = {}
             if self.phase.holds_out_text:
-                measured = evaluate_held_out(
-                    self.model, self.held_out, self.settings, seed=self.settings.seed
+                held_out = terminal.track(self.held_out, "evaluating")
+                measured, intervals = held_out_by_document(self.model, held_out, settings, settings.seed)
+                measured |= _ends(intervals)
+                self.examined = examine_document(
+                    self.model, self.held_out[0], settings, self.tokenizer, settings.seed
                 )
-            measured |= self.phase.measure(self.held_out)
-            for name, rows in self.questions.items():
-                measured[f"eval_{name}"] = sum(answered_greedily(self.model, rows)) / len(rows)
+            measured |= self.phase.measure(terminal.track(self.held_out, "evaluating answers"))
+            for name, rows in terminal.track(list(self.questions.items()), "asking questions"):
+                share = sum(answered_greedily(self.model, rows)) / len(rows)
+                measured |= {f"eval_{name}": share} | _ends(
+                    {f"eval_{name}": wilson_interval(share, len(rows))}
+                )
             return measured
+
+    def write_examined(self) -> None:
+        """The held-out document that the last evaluation examined."""
+        if self.tracker is not None and self.examined is not None:
+            folder, step, examined = self.folder.path / "samples", self.counters["step"], self.examined
+            self.tracker.attempt("samples", lambda: write_document(folder, "held-out", step, examined))
 
     def rotate(self, proven: bool) -> None:
         """Remove old checkpoints once the newest has proven good: an update from it, or an evaluation, was finite.
@@ -338,7 +393,7 @@ class _Run:
             self.folder.wrote(path)
             self.rotation_is_due = True
             size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
-            tqdm.write(f"saved {path} ({size:.0f} MB, {time.perf_counter() - began:.1f} s)")
+            terminal.say(f"saved {path} ({size:.0f} MB, {time.perf_counter() - began:.1f} s)")
 
     def save_after_an_error(self) -> None:
         """The last whole update, if it is not saved and this process can do it alone."""
@@ -357,7 +412,9 @@ class _Run:
         if self.held_out:
             after = self.evaluate()
             self.log(after)
-        self.rotate(proven=after is None or all(map(math.isfinite, after.values())))
+            self.write_examined()
+        finite = all(math.isfinite(value) for value in (after or {}).values() if isinstance(value, float))
+        self.rotate(proven=finite)
         final = self.folder.path / "final"
         try:
             checkpoint.save_folder(final, self.model, self.tokenizer, world=self.world)
@@ -365,13 +422,14 @@ class _Run:
             raise TrainingStopped(f"{error} is not finite; the model is not saved") from error
         self.close()
         if self.tracker is not None:
-            plots = self._draw()
+            made = self._draw()
             if not self.has_gradient:
-                print(
+                terminal.say(
                     "the last gradient was 0: has the model collapsed? Look at the loss, and at learning_rate"
                 )
             seconds = time.perf_counter() - self.started
-            print_report(self.folder.path, before, after, self.counters, self.stream.counts, plots, seconds)
+            before = before or first_evaluation(self.folder.path / "metrics.jsonl", after)
+            print_report(self.folder.path, before, after, self.counters, self.stream.counts, made, seconds)
         return final
 
     def on_rank_0(self, act: Callable[[], Any]) -> Any:
@@ -391,11 +449,6 @@ class _Run:
         if self.tracker is not None:
             self.tracker.close()
 
-    def say(self, text: str) -> None:
-        """Print on rank 0."""
-        if self.world.is_main:
-            print(text)
-
     def _questions(self) -> dict[str, list]:
         """What every evaluation asks the model."""
         settings = self.settings
@@ -408,17 +461,69 @@ class _Run:
         except ValueError as error:
             raise SettingsError(f"recall_samples: {error}; max_length is {settings.max_length}") from error
 
-    def _draw(self) -> list[Path]:
+    def _draw(self) -> dict[str, Path]:
+        """The pictures and the report, by what they are; none of them is worth a run."""
+        made, folder = {}, self.folder.path
         try:
-            return draw_plots(self.folder.path)
+            made |= {path.stem: path for path in draw_plots(folder)}
         except ImportError:
-            print("no pictures: matplotlib is not installed (pip install 'refine-fast-weights[plots]')")
-        except Exception as error:  # no picture is worth a run
-            print(f"no pictures: {type(error).__name__}: {why(error)}")
-        return []
+            terminal.say(
+                "no pictures: matplotlib is not installed (pip install 'refine-fast-weights[plots]')"
+            )
+        except Exception as error:
+            terminal.say(f"no pictures: {type(error).__name__}: {why(error)}")
+        try:
+            with terminal.stage("writing the report"):
+                made["report"] = write_report([folder], folder / "report.html")
+        except Exception as error:
+            terminal.say(f"no report: {type(error).__name__}: {why(error)}")
+        return made
+
+    def _write_environment(self, anew: bool) -> None:
+        """What the numbers of this run are made with; a run that goes on keeps when it began."""
+        path, begun = self.folder.path / "environment.json", time.strftime("%Y-%m-%d %H:%M:%S %z")
+        if not anew and path.is_file():
+            with suppress(ValueError, TypeError, KeyError, OSError):
+                begun = json.loads(path.read_text(encoding="utf-8"))["begun"]
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        about = {
+            "begun": begun,
+            "parameters": parameters,
+            "machine": describe_machine(self.world.device, self.world.size),
+            "versions": versions(),
+        }
+        write_whole(path, json.dumps(about, indent=2) + "\n")
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Reading a block of the data takes a while where it is shuffled; that is shown before the first update."""
+        if self.counters["step"] > self.first_step:
+            yield
+            return
+        with terminal.stage("tokenising", lambda: f"{self.stream.counts.windows:,} sequences"):
+            yield
+
+    def _say_expected_time(self) -> None:
+        """After ten updates: how long the others will take."""
+        took, left = self.counters["step"] - self.first_step, self.settings.max_steps - self.counters["step"]
+        if took == _EXPECTED_AFTER and left > 0:
+            seconds = time.perf_counter() - self.training_began
+            terminal.say(
+                f"{took} updates took {duration(seconds)}: about {duration(seconds / took * left)} for the other "
+                f"{left:,}, evaluations apart"
+            )
 
     def _amid_an_update(self, *_) -> None:
         self.between = True
+
+
+def _ends(intervals: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Intervals as two numbers each."""
+    return {
+        f"{name}_{end}": value
+        for name, interval in intervals.items()
+        for end, value in zip(("low", "high"), interval)
+    }
 
 
 def _say(sentence: str, run: list[RunFolder], code: int) -> int:

@@ -8,6 +8,7 @@ the backend a user would get on this machine unless it asks for the ``interprete
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests in several processes: one thread for each
@@ -60,6 +61,14 @@ def interpreter(monkeypatch):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_report(request, monkeypatch):
+    """Training runs write no report, which takes a third of a second, but in the tests that look at it."""
+    training = sys.modules.get("refine.train")
+    if training is not None and request.node.get_closest_marker("with_report") is None:
+        monkeypatch.setattr(training, "write_report", lambda folders, output_file: output_file)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,10 @@ class DataError(ValueError):
     """Something about the data that only its owner can put right, in one sentence."""
 
 
+class MissingPackage(DataError):
+    """The data need a package that is not installed."""
+
+
 class Document(NamedTuple):
     """One text with a name that identifies it: the same text under the same name, wherever it is read.
 
@@ -52,6 +56,17 @@ class BadRow(NamedTuple):
 def stable_hash(name: str) -> int:
     """An unsigned 64-bit number that depends on ``name`` alone: what splits and keys are made of."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+
+
+def is_held_out(key: int, first: bool, fraction: float) -> bool:
+    """Whether a user's document or row is measured on and not trained on.
+
+    Args:
+        key: a :func:`stable_hash` that identifies it.
+        first: whether it is the first of its source, which always trains, so that one is enough.
+        fraction: of all that is held out.
+    """
+    return not first and key < fraction * 2**64
 
 
 def content_of(path: Path) -> str:

@@ -15,11 +15,15 @@ if TYPE_CHECKING:
 class Encoder:
     """Turns documents into tokens.
 
+    Args:
+        tokenizer: of the model.
+        add_special_tokens: begin with what the tokenizer puts at a beginning.
+
     Raises:
         DataError: the tokenizer has nothing to pad with.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool = True):
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad_id is None:
             raise DataError(
@@ -27,7 +31,7 @@ class Encoder:
                 f"name one of them in its tokenizer_config.json"
             )
         self.pad_id = pad_id
-        self._tokenizer = tokenizer
+        self._tokenizer, self._special = tokenizer, add_special_tokens
 
     def __call__(self, text: str) -> np.ndarray:
         """The tokens of a whole document, with its end: [T] int32."""
@@ -35,7 +39,7 @@ class Encoder:
 
     def count(self, text: str) -> int:
         """Tokens of a piece of a document."""
-        return len(self._tokens(text, add_special_tokens=False)["input_ids"])
+        return len(self._tokens(text, special=False)["input_ids"])
 
     def with_answers(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
         """(tokens [T] int32, whether each has a character of an answer [T] bool).
@@ -59,10 +63,12 @@ class Encoder:
         answers[: len(first)] = before[behind] > before[first]
         return ids, answers
 
-    def _tokens(self, text: str, **options):
+    def _tokens(self, text: str, special: bool | None = None, **options):
+        special = self._special if special is None else special
         return self._tokenizer(
-            text, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options
-        )
+            text, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False,
+            verbose=False, **options,
+        )  # fmt: skip
 
     def _with_end(self, ids: list[int]) -> np.ndarray:
         end = self._tokenizer.eos_token_id

@@ -24,7 +24,7 @@ from refine.data.document import Answer, Document, document_of
 from refine.data.needle_words import ADJECTIVES, NOUNS
 
 MOST_NEEDLES = 12
-MOST_QUESTIONS = 8
+MOST_QUESTIONS = 12
 
 Count = Callable[[str], int]  # tokens of a text
 
@@ -52,8 +52,8 @@ RULER_WORDING = Wording(
 WORDINGS = {
     RULER_WORDING: 4,
     Wording("The {kind} of the {key} is {value}.", "What is the {kind} of the {key}? It is", joint=" "): 1,
-    Wording("{key}: {value}", "{key}:"): 3,
-    Wording("{key} = {value}", "assert {key} ==", joint="_"): 2,
+    Wording("{key}: {value}", "{key}:"): 5,
+    Wording("{key} = {value}", "assert {key} ==", joint="_"): 3,
     Wording(
         "Remember that {key} goes with the {kind} {value}.",
         "Question: which {kind} goes with {key}? Answer:",
@@ -82,7 +82,14 @@ class _Fact(NamedTuple):
     answer: Answer
 
 
-def needle_document(seed: int, index: int, tokens: int, count: Count, split: str = "train") -> Document:
+def needle_document(
+    seed: int,
+    index: int,
+    tokens: int,
+    count: Count,
+    split: str = "train",
+    most_questions: int = MOST_QUESTIONS,
+) -> Document:
     """Document ``index`` of the endless sequence of ``seed``.
 
     Args:
@@ -90,6 +97,7 @@ def needle_document(seed: int, index: int, tokens: int, count: Count, split: str
         count: tokens of a text.
         split: in which default text the needles stand, and a part of the randomness; ``held_out`` has the
             wording ``HELD_OUT_WORDING``.
+        most_questions: about needles in other text.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
@@ -100,7 +108,7 @@ def needle_document(seed: int, index: int, tokens: int, count: Count, split: str
     if haystack == "none":
         pieces = _rounds(rng, wording, kind, tokens, count)
     else:
-        pieces = _hidden(rng, wording, kind, _Haystack(haystack, split, count), tokens)
+        pieces = _hidden(rng, wording, kind, _Haystack(haystack, split, count), tokens, most_questions)
     return document_of(f"needles/{split}/{seed}/{index}", pieces)
 
 
@@ -121,14 +129,16 @@ def _rounds(rng: random.Random, wording: Wording, kind: str, tokens: int, count:
             size, left = size // 2, tokens
 
 
-def _hidden(rng: random.Random, wording: Wording, kind: str, haystack: _Haystack, tokens: int) -> list[str]:
+def _hidden(
+    rng: random.Random, wording: Wording, kind: str, haystack: _Haystack, tokens: int, most_questions: int
+) -> list[str]:
     """Needles in other text, and questions about some of them at the end."""
     most = min(MOST_NEEDLES, max(1, tokens // 60))
     size = 1 if rng.random() < 0.3 else rng.randint(1, most)
     intro = wording.intro.format(kind=kind) if rng.random() < 0.7 else ""
     while True:
         facts, ending = _draw_facts(rng, wording, kind, size), ["\n"]
-        for fact in rng.sample(facts, rng.randint(1, min(size, max(1, tokens // 100), MOST_QUESTIONS))):
+        for fact in rng.sample(facts, rng.randint(1, min(size, max(1, tokens // 60), most_questions))):
             ending += [fact.question, fact.answer, ".\n"]
         used = haystack.count(intro + "".join(ending)) + sum(
             haystack.count(fact.needle) + 1 for fact in facts
@@ -180,12 +190,11 @@ def _draw_facts(rng, wording: Wording, kind: str, size: int) -> list[_Fact]:
     vocabulary = key_words()
     words = rng.choices([1, 2], [1, 3])[0]
     digits = 7 if rng.random() < 0.7 else rng.randint(1, 6)
-    distinct = rng.random() < 0.3
     facts: dict[str, _Fact] = {}
     values: set[str] = set()
     while len(facts) < size:
         key = wording.joint.join(rng.choice(vocabulary) for _ in range(words))
-        value = _draw_value(rng, kind, digits if size <= 9 else max(2, digits), distinct)
+        value = _draw_value(rng, kind, digits if size <= 9 else max(2, digits))
         if key in facts or value in values:
             continue
         values.add(value)
@@ -197,11 +206,9 @@ def _draw_facts(rng, wording: Wording, kind: str, size: int) -> list[_Fact]:
     return list(facts.values())
 
 
-def _draw_value(rng, kind: str, digits: int, distinct: bool) -> str:
+def _draw_value(rng, kind: str, digits: int) -> str:
     if kind == "word":
         return rng.choice(key_words())
-    if distinct:
-        return "".join(rng.sample("123456789", digits))
     return str(rng.randint(10 ** (digits - 1), 10**digits - 1))
 
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from refine.data.document import BadRow, DataError, cut_middle, stable_hash
+from refine.data.document import BadRow, DataError, cut_middle, is_held_out, stable_hash
 from refine.data.recall_documents import recall_document, recall_items
-from refine.data.rows import KINDS, all_rows, first_line
-from refine.data.stream import DataConfig, DataCounts, Example, collate, compare_position
+from refine.data.rows import ROW_KINDS, all_rows, first_line, is_file_of_rows, split_of
+from refine.data.stream import NAME_HELD_OUT, DataConfig, DataCounts, Example, collate, compare_position
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +45,7 @@ class PairColumns:
     answer: str = "answer"
     question: str = "question"
     passages: str | None = None
+    lengths: tuple[int, ...] = ()  # only rows whose max_seq_length is one of these; (): all
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -53,7 +54,7 @@ class PairColumns:
 
 
 class Pair(NamedTuple):
-    """A prompt and the answer to learn, which ends with end-of-text."""
+    """A prompt and the answer to learn, with end-of-text behind it unless ``answer_eos`` is off."""
 
     key: int  # int64: a hash of the source's name and the row's number
     prompt: np.ndarray  # [P] int32
@@ -166,27 +167,24 @@ def held_out_pairs(
     except _NoPairs as error:
         if config.eval_dataset_name_or_path is not None:
             raise
-        logger.warning("nothing is held out to measure on: %s", error)
+        logger.warning("nothing is held out to measure on: %s; %s", error, NAME_HELD_OUT)
         return None
     return PairStream(pairs, config, pad_id, counts, endless=False)
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[..., list[int]], int, int]:
-    """``encode(text, special=True)`` without an end, the end's id, and the id to pad with."""
+def encoder(
+    tokenizer: PreTrainedTokenizerBase, add_bos_token: bool = True
+) -> tuple[Callable[..., list[int]], int, int]:
+    """``encode(text, special=add_bos_token)`` without an end, the end's id, and the id to pad with."""
     end = tokenizer.eos_token_id
     if end is None:
         raise DataError(f"the tokenizer {tokenizer.name_or_path!r} has no eos_token to end an answer with")
 
-    def encode(text: str, special: bool = True) -> list[int]:
+    def encode(text: str, special: bool = add_bos_token) -> list[int]:
         ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         return ids[:-1] if ids[-1:] == [end] else ids
 
     return encode, end, end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def is_held_out(key: int, number: int, config: DataConfig) -> bool:
-    """Whether row ``number`` of a file is measured on and not trained on; never the first."""
-    return number > 1 and key < config.eval_fraction * 2**64
 
 
 class _NoPairs(DataError):
@@ -195,7 +193,7 @@ class _NoPairs(DataError):
 
 def _read(config, columns, tokenizer, split: str) -> tuple[list[Pair], DataCounts, int]:
     """All pairs of a split, what was left out, and the id to pad with."""
-    encode, end, pad_id = encoder(tokenizer)
+    encode, end, pad_id = encoder(tokenizer, config.add_bos_token)
     counts = DataCounts()
     given = config.eval_dataset_name_or_path if split == "held_out" else None
     name = given or config.dataset_name_or_path
@@ -207,7 +205,7 @@ def _read(config, columns, tokenizer, split: str) -> tuple[list[Pair], DataCount
     pairs = []
     for number, (prompt, answer) in texts:
         key = stable_hash(f"{Path(source).name}:{number}")
-        if divided and is_held_out(key, number, config) != (split == "held_out"):
+        if divided and is_held_out(key, number == 1, config.eval_fraction) != (split == "held_out"):
             continue
         try:
             ids, reply = encode(prompt), encode(answer_after(prompt, answer), special=False)
@@ -221,7 +219,8 @@ def _read(config, columns, tokenizer, split: str) -> tuple[list[Pair], DataCount
             continue
         counts.cut_prompts += len(ids) > config.max_length
         ids = cut_middle(ids, config.max_length)
-        pairs.append(Pair(key - 2**63, np.asarray(ids, np.int32), np.asarray([*reply, end], np.int32)))
+        reply = [*reply, end] if config.answer_eos else reply
+        pairs.append(Pair(key - 2**63, np.asarray(ids, np.int32), np.asarray(reply, np.int32)))
     counts.documents = len(pairs)
     if not pairs:
         short = f"; {counts.short_documents} prompts are shorter than min_length={config.min_length}"
@@ -255,11 +254,7 @@ def _from_file(
     def leave_out(number: int, reason: str) -> None:
         counts.note(BadRow(lambda: f"row {number} of {path}: {reason}"))
 
-    if not path.is_file():
-        raise DataError(f"dataset_name_or_path: there is no file {str(path)!r}")
-    if path.suffix.lower() not in KINDS:
-        raise DataError(f"pairs are read from {' and '.join(KINDS)} files, got {str(path)!r}")
-    rows = list(all_rows(path))
+    rows = [row for file in _files_of(path) for row in all_rows(file)]
     present = {name for row in rows if isinstance(row, dict) for name in row}
     missing = [name for name in columns.needed if name not in present]
     if missing and present:
@@ -267,6 +262,8 @@ def _from_file(
     for number, row in enumerate(rows, 1):
         if isinstance(row, BadRow):
             leave_out(number, row.reason)
+            continue
+        if columns.lengths and row.get("max_seq_length") not in columns.lengths:
             continue
         value = row.get(columns.answer)
         answers = value if isinstance(value, list) else [value]
@@ -290,6 +287,22 @@ def _from_file(
     for number, question, answer, passages in good:
         rng = random.Random(f"qa/{config.seed}/{number}")
         yield number, (_question_over(question, passages, pool, cost, encode, config.max_length, rng), answer)
+
+
+def _files_of(path: Path) -> list[Path]:
+    """A file, or those of a folder whose names do not say that they are to test on."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if is_file_of_rows(file))
+        if not (chosen := [file for file in files if split_of(file) != "test"]):
+            raise DataError(
+                f"the folder {str(path)!r} holds no file of rows to train on ({', '.join(ROW_KINDS)})"
+            )
+        return chosen
+    if not path.is_file():
+        raise DataError(f"dataset_name_or_path: there is no file {str(path)!r}")
+    if not is_file_of_rows(path):
+        raise DataError(f"pairs are read from {', '.join(ROW_KINDS)} files, got {str(path)!r}")
+    return [path]
 
 
 def _question_over(question, passages, pool, cost, encode, budget: int, rng: random.Random) -> str:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from refine.data.document import BadRow, DataError, cut_middle, stable_hash
-from refine.data.pairs import GENERATED, PairStream, encoder, generated_pairs, is_held_out
+from refine.data.document import BadRow, DataError, cut_middle, is_held_out, stable_hash
+from refine.data.pairs import GENERATED, PairStream, encoder, generated_pairs
 from refine.data.rows import all_rows, first_line
-from refine.data.stream import DataConfig, DataCounts, Example, collate
+from refine.data.stream import NAME_HELD_OUT, DataConfig, DataCounts, Example, collate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,12 +74,12 @@ def held_out_prompts(
         return PairStream(prompts, config, pad_id, counts, endless=False, collate=_collate)
     if config.eval_dataset_name_or_path is not None:
         raise DataError(f"{config.eval_dataset_name_or_path} holds no prompt: {counts.bad_rows} bad rows")
-    logger.warning("nothing is held out to measure on")
+    logger.warning("nothing is held out to measure on; %s", NAME_HELD_OUT)
     return None
 
 
 def _read(config: DataConfig, column: str, tokenizer, split: str) -> tuple[list[Prompt], DataCounts, int]:
-    encode, _, pad_id = encoder(tokenizer)
+    encode, _, pad_id = encoder(tokenizer, config.add_bos_token)
     counts = DataCounts()
     given = config.eval_dataset_name_or_path if split == "held_out" else None
     name = given or config.dataset_name_or_path
@@ -91,7 +91,7 @@ def _read(config: DataConfig, column: str, tokenizer, split: str) -> tuple[list[
     prompts: list[Prompt] = []
     for number, text, columns in rows:
         key = stable_hash(f"{Path(source).name}:{number}")
-        if divided and is_held_out(key, number, config) != (split == "held_out"):
+        if divided and is_held_out(key, number == 1, config.eval_fraction) != (split == "held_out"):
             continue
         try:
             ids = encode(text)

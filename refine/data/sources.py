@@ -9,18 +9,26 @@ one sentence what is wrong with it. Nothing is known here of tokens, of splits o
 from __future__ import annotations
 
 import itertools
+import logging
+import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from refine.data.default_text import default_document, default_names
-from refine.data.document import BadRow, DataError, Document
+from refine.data.document import BadRow, DataError, Document, MissingPackage
 from refine.data.needles import Count, needle_document
+from refine.data.packed import INSTALL, encoding_of, is_packed, kind_of, open_text
 from refine.data.recall_documents import recall_document
-from refine.data.rows import INSTALL, STRETCH, JsonLines, Parquet, first_line
+from refine.data.rows import ROW_KINDS, STRETCH, first_line, open_rows
 from refine.plugins import find_function
 
+logger = logging.getLogger(__name__)
+
+KINDS = (*ROW_KINDS, ".txt", ".md")
+_NAMED = 100  # files that a sentence names
 _SAMPLE = 16  # rows that are looked at to find the text column
 _HELD_OUT_RECALL = 64
 
@@ -49,28 +57,96 @@ def open_source(
     """The local file, the folder (with its subfolders), the function (``module:function``) or the hub dataset that
     ``value`` names."""
     path, columns = Path(value).expanduser(), Columns(text_column, answers_column)
-    allowed = ", ".join(_FILES)
+    allowed = f"{', '.join(KINDS)} (also .gz or .zst)"
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("[!.]*")) if file.suffix.lower() in _FILES]
-        files = [file for file in files if file.is_file() and file.stat().st_size]
-        if not files:
-            raise DataError(f"{setting} is {value!r}, a folder without a data file in it; allowed: {allowed}")
-        names = [file.relative_to(path).as_posix() for file in files]
-        return Folder(value, [_open_file(file, name, columns) for file, name in zip(files, names)])
-    suffix = path.suffix.lower()
+        return _open_folder(path, value, setting, columns, allowed)
     if path.exists():
-        if suffix not in _FILES:
+        if kind_of(path) not in KINDS:
             raise DataError(
                 f"{setting} is {value!r}, a file of an unknown kind; allowed: {allowed}, or a folder of these"
             )
         if not path.stat().st_size:
             raise DataError(f"{setting} is {value!r}, an empty file")
         return _open_file(path, path.name, columns)
-    if suffix in {*_FILES, ".json", ".csv", ".gz", ".zst"} or value[:1] in "./~" or value.count("/") > 1:
+    if (
+        kind_of(path) in KINDS
+        or is_packed(path)
+        or value[:1] in "./~"
+        or value[-1:] == "/"
+        or value.count("/") > 1
+    ):
         raise DataError(f"{setting} is {value!r}, but there is no such file or folder")
     if ":" in value:
         return FunctionText(value, setting, columns)
     return HubDataset(value, setting, columns, dataset_config, dataset_split)
+
+
+def _open_folder(folder: Path, value: str, setting: str, columns: Columns, allowed: str) -> Source:
+    """Every file in a folder that can be read; the others are named with the reason, once."""
+    sources: list[Source] = []
+    left_out: dict[str, list[str]] = {}  # reason -> files
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if not file.is_file():
+            continue
+        if reason := _why_left_out(file, name):
+            left_out.setdefault(reason, []).append(name)
+            continue
+        try:
+            sources.append(_open_file(file, name, columns))
+        except MissingPackage:
+            raise
+        except DataError as error:
+            left_out.setdefault(str(error), []).append(name)
+    told = "; ".join(f"{_listed(names)}: {reason}" for reason, names in left_out.items())
+    if not sources:
+        found = f"; left out: {told}" if told else ""
+        raise DataError(
+            f"{setting} is {value!r}, a folder without a data file in it; allowed: {allowed}{found}"
+        )
+    if told:
+        _warn_once(f"{sum(map(len, left_out.values()))} files of {folder} are left out: {told}")
+    return Folder(value, sources)
+
+
+def _why_left_out(file: Path, name: str) -> str | None:
+    """Why a file of a folder is no data, as far as its name and size tell."""
+    if any(part.startswith(".") for part in name.split("/")):
+        return "hidden"
+    if kind_of(file) not in KINDS:
+        return "of no kind that is read"
+    if file.stem.lower() == "readme":
+        return "about the data"
+    return None if file.stat().st_size else "empty"
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+@cache
+def _warn_once(sentence: str) -> None:
+    logger.warning(sentence)
+
+
+def _open_file(path: Path, name: str, columns: Columns) -> Source:
+    """The source that a local file is."""
+    try:
+        return _opened(path, name, columns)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _opened(path: Path, name: str, columns: Columns) -> Source:
+    if kind_of(path) in ROW_KINDS:
+        return Table(open_rows(path), name, columns)
+    if columns.answers is not None:
+        raise DataError(f"answers_column is {columns.answers!r}, but {path} is plain text and has no columns")
+    encoding = encoding_of(path)
+    if encoding == "utf-8" and not is_packed(path):
+        return TextFile(path, name)
+    return StreamedText(path, name, encoding)
 
 
 class DefaultText:
@@ -143,13 +219,9 @@ class FunctionText:
 
 
 class TextFile:
-    """A ``.txt`` file, in stretches of 256 KiB that end at a line's end: each is a unit and a document."""
+    """A plain text in UTF-8, in stretches of 256 KiB that end at a line's end: each is a unit and a document."""
 
-    def __init__(self, path: Path, name: str, columns: Columns):
-        if columns.answers is not None:
-            raise DataError(
-                f"answers_column is {columns.answers!r}, but {path} is plain text and has no columns"
-            )
+    def __init__(self, path: Path, name: str):
         self._path, self.name, self.files = path, name, [path]
         self.units = -(-path.stat().st_size // STRETCH)
 
@@ -169,6 +241,33 @@ class TextFile:
             yield BadRow(lambda: f"{self._path}, byte {place}: not UTF-8")
         else:
             yield Document(f"{self.name}@{begin}", text)
+
+
+class StreamedText:
+    """A text that is packed, or in UTF-16 or UTF-32: one unit, read from the beginning on; documents as of a plain
+    text, of 256 K characters."""
+
+    units = 1
+
+    def __init__(self, path: Path, name: str, encoding: str):
+        self._path, self.name, self.files, self._encoding = path, name, [path], encoding
+
+    def rows(self, unit: int, start: int) -> Iterator[Document | BadRow]:
+        yield from itertools.islice(self._stretches(), start, None)
+
+    def _stretches(self) -> Iterator[Document | BadRow]:
+        try:
+            with open_text(self._path, self._encoding) as file:
+                for number in itertools.count():
+                    if not (text := file.read(STRETCH)):
+                        return
+                    if not text.endswith("\n"):
+                        text += file.readline(4096)
+                    yield Document(f"{self.name}#{number}", text)
+        except (OSError, EOFError, zlib.error, ValueError) as error:  # cut short, or damaged
+            fault = f"{self._path}: what follows cannot be read ({first_line(error)})"
+            logger.warning(fault)
+            yield BadRow(lambda: fault)
 
 
 def _boundary(file: BinaryIO, place: int) -> int:
@@ -221,7 +320,7 @@ class _RowReader:
 class Table:
     """The text of a file of rows, and its answers where they are marked."""
 
-    def __init__(self, file: JsonLines | Parquet, name: str, columns: Columns):
+    def __init__(self, file: Any, name: str, columns: Columns):
         self._file, self.name, self.units = file, name, file.units
         self.files = [file.path]
         rows, fault = file.sample(_SAMPLE)
@@ -350,17 +449,3 @@ def _choose_column(requested: str | None, rows: list[dict], where: str) -> str:
     if not lengths:
         raise DataError(f"no column of {where} holds text; those there: {', '.join(there) or 'none'}")
     return "text" if "text" in lengths else max(lengths, key=lengths.__getitem__)
-
-
-_FILES: dict[str, Callable[[Path, str, Columns], Source]] = {
-    ".parquet": lambda path, name, columns: Table(Parquet(path), name, columns),
-    ".jsonl": lambda path, name, columns: Table(JsonLines(path), name, columns),
-    ".txt": TextFile,
-}
-
-
-def _open_file(path: Path, name: str, columns: Columns) -> Source:
-    try:
-        return _FILES[path.suffix.lower()](path, name, columns)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {first_line(error)}") from error

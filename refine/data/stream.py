@@ -10,6 +10,7 @@ stands in ``sources.py``. Nothing is known here of models, or of what a window i
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import random
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from refine.data.document import BadRow, DataError, Document, contents_of, stable_hash
+from refine.data.document import BadRow, DataError, Document, contents_of, is_held_out, stable_hash
 from refine.data.encoder import Encoder
 from refine.data.recall_documents import recall_document
 from refine.data.rows import first_line
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 _DEFAULT = "default"
+NAME_HELD_OUT = "name some with eval_dataset_name_or_path, or raise eval_fraction"
 GENERATED = ("recall", "needles")
 BUILT_IN = (_DEFAULT, *GENERATED, *(f"{_DEFAULT}+{name}" for name in GENERATED))
 
@@ -64,6 +66,8 @@ class DataConfig:
     recall_weight: float = 0.5  # of the windows of "default+recall" and "default+needles"
     answer_weight: float = 1.0  # of an answer's tokens, where a document marks its answers; others count 1
     context_weight: float = 1.0  # of the other tokens of such a document
+    add_bos_token: bool = True  # texts and prompts begin with what the tokenizer puts there
+    answer_eos: bool = True  # the answer of a pair ends with end-of-text
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -123,8 +127,14 @@ class DataCounts:
     def note(self, row: BadRow) -> None:
         """Count a row that is left out, and name the first."""
         if not self.bad_rows:
-            logger.warning("a row is left out, and any other like it: %s", row.describe())
+            _warn_once(f"a row is left out, and any other like it: {row.describe()}")
         self.bad_rows += 1
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Say it, once a process: a source is read several times, for checks and for each split."""
+    logger.warning("%s", text)
 
 
 _LOOKED_AT = 64  # windows, for answers
@@ -355,6 +365,7 @@ class DataStream:
             "eval_fraction": config.eval_fraction if config.eval_dataset_name_or_path is None else 0,
             "recall_weight": config.recall_weight,
             "answers_column": config.answers_column,
+            "add_bos_token": config.add_bos_token,
             "seed": config.seed,
         }
 
@@ -450,12 +461,12 @@ def training_stream(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, rank: int = 0, world_size: int = 1
 ) -> DataStream:
     """The endless stream to train on. Raises ``DataError`` when anything is wrong with the data."""
-    encode = Encoder(tokenizer)
+    encode = Encoder(tokenizer, config.add_bos_token)
     name = config.dataset_name_or_path or _DEFAULT
     split_by_hash = config.eval_dataset_name_or_path is None
 
     def keep(document: Document, is_first: bool) -> bool:
-        return not (split_by_hash and _is_held_out(document, is_first, config))
+        return not (split_by_hash and _belongs_to_held_out(document, is_first, config))
 
     if name in BUILT_IN:
         sources = [_built_in(part, config, "train", encode) for part in name.split("+")]
@@ -476,13 +487,13 @@ def held_out_stream(
     The default text has its own held-out documents, which serve its mixtures too; "recall" and "needles" have 64
     each of their own. All tokens count alike. The windows and their order do not depend on ``seed``.
     """
-    encode = Encoder(tokenizer)
+    encode = Encoder(tokenizer, config.add_bos_token)
     config = replace(config, seed=0, answer_weight=1.0, context_weight=1.0)
     given = config.eval_dataset_name_or_path
     name = given or config.dataset_name_or_path or _DEFAULT
 
     def keep(document: Document, is_first: bool) -> bool:
-        return given is not None or _is_held_out(document, is_first, config)
+        return given is not None or _belongs_to_held_out(document, is_first, config)
 
     if name in BUILT_IN:
         reader = _Reader(_built_in(name.split("+")[0], config, "held_out", encode), encode, config, _keep_all)
@@ -496,7 +507,7 @@ def held_out_stream(
     except _NothingLeft as error:
         if given is not None:
             raise
-        logger.warning("nothing is held out to measure on: %s", error)
+        logger.warning("nothing is held out to measure on: %s; %s", error, NAME_HELD_OUT)
         return None
 
 
@@ -515,9 +526,8 @@ def _keep_all(document: Document, is_first: bool) -> bool:
     return True
 
 
-def _is_held_out(document: Document, is_first: bool, config: DataConfig) -> bool:
-    """The split of a user's documents; the first one always trains, so that one is enough."""
-    return not is_first and stable_hash(f"split/{document.name}") < config.eval_fraction * 2**64
+def _belongs_to_held_out(document: Document, is_first: bool, config: DataConfig) -> bool:
+    return is_held_out(stable_hash(f"split/{document.name}"), is_first, config.eval_fraction)
 
 
 def _built_in(name: str, config: DataConfig, split: str, encode: Encoder) -> Source:

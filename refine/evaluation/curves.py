@@ -11,6 +11,7 @@ Long documents are read by segments, from state to state.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from refine.models.head import SampleToken
+from refine.models.head import SampleToken, TokenLogprob
 
 PASSAGE = 16  # random tokens
 CUE = 4  # of them are given at the second reading
@@ -106,6 +107,35 @@ def loss_by_position(model, documents: Iterable[Sequence[int]], positions: int) 
     return result
 
 
+@torch.no_grad()
+def entropy_by_position(
+    model, documents: Iterable[Sequence[int]], positions: int, ranges: int = 64
+) -> dict[int, np.ndarray]:
+    """The mean entropy of the predictions made at each range of positions, in nats; ranges are of equal width.
+
+    Args:
+        documents: token ids; each is read up to ``positions``, and must have so many.
+        ranges: at most so many.
+
+    Returns:
+        For each range, by the position behind its last, the mean entropy of every document.
+
+    Raises:
+        ValueError: a document is too short, or there is none.
+    """
+    by_document = []
+    for document in documents:
+        if len(document) < positions:
+            raise ValueError(f"a document has {len(document)} tokens; entropy_by_position needs {positions}")
+        ids = torch.as_tensor(np.asarray(document[:positions], np.int64))[None]
+        by_document.append(_entropies(model, ids)[0].double().numpy())
+    if not by_document:
+        raise ValueError("entropy_by_position needs at least one document")
+    entropies = np.stack(by_document)
+    edges = np.linspace(0, positions, min(ranges, positions) + 1).astype(int)
+    return {int(end): entropies[:, begin:end].mean(1) for begin, end in itertools.pairwise(edges)}
+
+
 def range_ends(positions: int) -> list[int]:
     """Where the ranges of positions end: 128, 256, 512, ... and ``positions``."""
     ends = []
@@ -114,6 +144,21 @@ def range_ends(positions: int) -> list[int]:
         ends.append(end)
         end *= 2
     return [*ends, positions]
+
+
+def _entropies(model, rows: torch.Tensor) -> torch.Tensor:
+    """The entropy [B, T] of the prediction made at every position of rows of the same length, by segments."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    state, found = None, []
+    for begin in range(0, rows.shape[1], SEGMENT):
+        ids = rows[:, begin : begin + SEGMENT].to(device)
+        output = model(ids, past_key_values=state, use_cache=True, head=TokenLogprob(ids, entropy=True))
+        state = output.past_key_values
+        found.append(output.entropy.float().cpu())
+    model.train(was_training)
+    return torch.cat(found, 1)
 
 
 def _read(model, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Greedy answers to a batch of prompts: one prefill, then one token a step from the cached state.
+"""Answers to a batch of prompts, greedy or drawn: one prefill, then one token a step from the cached state.
 
 A prompt is read once, padded on the right, where padding reaches no fast weight; the state has a fixed size, so
 neither time nor memory of a step depends on how much was read or written. A row that has ended leaves the batch.
@@ -7,30 +7,60 @@ neither time nor memory of a step depends on how much was read or written. A row
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
 import torch
 
+from refine.method.generation import sample_request
+from refine.method.seeds import rollout_seeds
 from refine.models.head import HiddenOnly, SampleToken
 
 _GREEDY = SampleToken(temperature=0.0)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. A token follows from its prompt's seed and its place alone, whatever the batch.
+
+    Attributes:
+        seeds: int64, one per prompt.
+        temperature: of the distribution, over 0.
+        top_k: only the so many most likely tokens; None: all.
+    """
+
+    seeds: Sequence[int]
+    temperature: float = 1.0
+    top_k: int | None = None
+
+
 def generate_greedy(
     model: torch.nn.Module,
     prompts: Sequence[Sequence[int] | np.ndarray],
     max_new_tokens: int | Sequence[int],
     end_ids: frozenset[int] = frozenset(),
 ) -> list[list[int]]:
-    """The most likely token at every step, until an end or the limit.
+    """:func:`generate` of the most likely token at every step."""
+    return generate(model, prompts, max_new_tokens, end_ids)
+
+
+@torch.no_grad()
+def generate(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    max_new_tokens: int | Sequence[int],
+    end_ids: frozenset[int] = frozenset(),
+    sampling: Sampling | None = None,
+) -> list[list[int]]:
+    """A token at every step, until an end or the limit.
 
     Args:
         model: one of this project's models.
         prompts: token ids, at least one each; they may differ in length.
         max_new_tokens: at least 1; for all rows, or one a row.
         end_ids: tokens that end a row. They are not part of the answer.
+        sampling: how tokens are drawn; None: the most likely one.
 
     Returns:
         New tokens, one list a prompt.
@@ -43,13 +73,26 @@ def generate_greedy(
     was_training = model.training
     model.eval()
     try:
-        return _generate(model, prompts, limits, end_ids)
+        return _generate(model, prompts, limits, end_ids, sampling)
     finally:
         model.train(was_training)
 
 
-def _generate(model, prompts, limits: list[int], end_ids: frozenset[int]) -> list[list[int]]:
+def _generate(model, prompts, limits: list[int], end_ids, sampling: Sampling | None) -> list[list[int]]:
     device = next(model.parameters()).device
+    if sampling is None:
+
+        def request(rows: list[int], step: int) -> SampleToken:
+            return _GREEDY
+
+    else:
+        draw = sample_request(sampling.temperature, sampling.top_k)
+        seeds = torch.tensor(sampling.seeds, dtype=torch.int64, device=device)
+        seeds = rollout_seeds(seeds, 1, 1, max(limits)).view(len(prompts), -1)  # [B, T]
+
+        def request(rows: list[int], step: int):
+            return draw(seeds[rows, step : step + 1])
+
     ids, mask = _pad(prompts, device)
     ragged = len({len(prompt) for prompt in prompts}) > 1
     output = model(ids, attention_mask=mask if ragged else None, use_cache=True, head=HiddenOnly())
@@ -57,14 +100,14 @@ def _generate(model, prompts, limits: list[int], end_ids: frozenset[int]) -> lis
     context = output.last_hidden_state[torch.arange(len(ids), device=device), last]  # [B, D]
     state = output.past_key_values
     del output, ids, mask
-    token = model(hidden_states=context[:, None], head=_GREEDY).token  # [B, 1]
+    rows = list(range(len(prompts)))  # which prompt each row of the batch answers
+    token = model(hidden_states=context[:, None], head=request(rows, 0)).token  # [B, 1]
 
     if bool((token < 0).any()):
         raise ValueError(
             "the model predicts NaN: its weights, or what it computes from this prompt, are not finite"
         )
     answers: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # which prompt each row of the batch answers
     for step in count(1):
         kept = []
         for place, (row, said) in enumerate(zip(rows, token[:, 0].tolist())):
@@ -78,7 +121,7 @@ def _generate(model, prompts, limits: list[int], end_ids: frozenset[int]) -> lis
             index = torch.tensor(kept, device=device)
             state, token = state.select(index), token[index]
             rows = [rows[place] for place in kept]
-        output = model(token, past_key_values=state, use_cache=True, head=_GREEDY)
+        output = model(token, past_key_values=state, use_cache=True, head=request(rows, step))
         state, token = output.past_key_values, output.token
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ def evaluate_held_out(model, batches: Iterable, config: RefineConfig, seed: int 
     the sequence alone, so two models are compared at the same places of the same text.
 
     Returns:
-        ``eval_loss`` (nats a token) and ``eval_accuracy`` over all valid targets; ``eval_cosine`` and
+        ``eval_loss`` (nats per token) and ``eval_accuracy`` over all valid targets; ``eval_cosine`` and
         ``eval_exact_match``, means over rollouts; ``eval_tokens`` and ``eval_sequences``, how many there were.
     """
     config = dataclasses.replace(
@@ -60,8 +61,9 @@ def evaluate_held_out(model, batches: Iterable, config: RefineConfig, seed: int 
 
 def held_out_by_document(
     model, batches: Iterable, config: RefineConfig, seed: int = 0
-) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """The numbers of :func:`evaluate_held_out` over batches of one document each, and their 95 % intervals.
+) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:
+    """The numbers of :func:`evaluate_held_out` over batches of one document each, and their 95 % intervals; beside
+    them ``eval_cosine_by_sequence``, a list of each document's, by which two evaluations are compared in pairs.
 
     Documents differ far more than the tokens of one, so the intervals are percentiles of 2,000 resamplings of
     documents (bootstrap). With a single document there are none.
@@ -83,4 +85,5 @@ def held_out_by_document(
         if len(found) > 1:
             means = (values * weight)[drawn].sum(1) / weight[drawn].sum(1)
             intervals[name] = tuple(np.percentile(means, [2.5, 97.5]).tolist())
-    return result | {"eval_tokens": int(tokens.sum()), "eval_sequences": len(found)}, intervals
+    counts = {"eval_tokens": int(tokens.sum()), "eval_sequences": len(found)}
+    return result | counts | {"eval_cosine_by_sequence": [one["eval_cosine"] for one in found]}, intervals

@@ -4,16 +4,21 @@ Every function takes one prediction and its references and knows nothing of mode
 references the best counts, except in :func:`string_match_all`, which asks for every one of them.
 
 Sources: Hsieh et al., RULER (arXiv 2404.06654); Bai et al., LongBench (arXiv 2308.14508); Rajpurkar et al., SQuAD
-(arXiv 1606.05250) for the normalised token F1; Lin, ROUGE (2004).
+(arXiv 1606.05250) for the normalised token F1.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import string
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 # The question types of TREC, as LongBench words them (one is cut short there, and is so in its prompts).
 TREC_CLASSES = (
@@ -56,7 +61,6 @@ TREC_CLASSES = (
 
 _CONTROL = re.compile(r"[\x00-\x1f]")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NOT_A_WORD = re.compile(r"[^a-z0-9]+")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _COMMENT_SIGNS = ("`", "#", "//")  # a line with one of these is not taken for the code that was asked for
 
@@ -96,22 +100,59 @@ def _f1_of_words(said: list[str], reference: str) -> float:
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """F1 of the longest common subsequence of words, which are runs of a-z and 0-9 in lower case.
+    """ROUGE-L as LongBench computes it, by the package ``rouge``.
 
-    This is Lin's sentence-level ROUGE-L with beta = 1, as the package ``rouge-score`` computes it without
-    stemming. LongBench's own script uses the package ``rouge``, which joins subsequences over sentences and
-    counts every word once; the numbers of the two are not to be compared.
+    A text is cut into sentences at its full stops. For every sentence of the reference, the words of its
+    longest common subsequences with all sentences of the prediction are united; words are kept as they are written
+    and count once in a whole text. The F is 2 p r / (p + r + 1e-8). A prediction of mere full stops scores 0.
+    This is not Lin's sentence-level ROUGE-L that ``rouge-score`` computes: means differ by several points.
+
+    Raises:
+        ImportError: the package is not installed.
     """
-    return max(_rouge_l(_words(prediction), _words(reference)) for reference in references)
+    return max(_rouge_l(prediction, reference) for reference in references)
 
 
-def _words(text: str) -> list[str]:
-    return [word for word in _NOT_A_WORD.split(text.lower()) if word]
+def check_rouge() -> None:
+    """Whether ROUGE-L can be computed here.
+
+    Raises:
+        ImportError: names what to install.
+    """
+    _rouge()
 
 
-def _rouge_l(said: list[str], wanted: list[str]) -> float:
-    common = longest_common_subsequence(said, wanted)
-    return 2 * common / (len(said) + len(wanted)) if common else 0.0
+@cache
+def _rouge() -> Any:
+    try:
+        from rouge import Rouge
+    except ImportError as error:
+        raise ImportError(
+            "LongBench's ROUGE-L is computed by the package rouge, which is not installed: "
+            "pip install 'refine-fast-weights[evaluation]'"
+        ) from error
+    return Rouge(metrics=["rouge-l"])
+
+
+def _rouge_l(prediction: str, reference: str) -> float:
+    rouge = _rouge()
+    if not prediction.strip(".") or not reference.strip("."):
+        return 0.0  # no sentence; the package raises, which LongBench's script takes for 0
+    words = len(prediction.split()) + len(reference.split())
+    with _recursion(words + 100):  # the package walks back through the table by calling itself
+        return rouge.get_scores([prediction], [reference])[0]["rouge-l"]["f"]
+
+
+@contextmanager
+def _recursion(calls: int) -> Iterator[None]:
+    """Allow so many nested calls from here on."""
+    before = sys.getrecursionlimit()
+    here = len(inspect.stack(0))
+    sys.setrecursionlimit(max(before, here + calls))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
 
 
 def longest_common_subsequence(a: Sequence, b: Sequence) -> int:
@@ -131,8 +172,9 @@ def longest_common_subsequence(a: Sequence, b: Sequence) -> int:
 def edit_similarity(prediction: str, references: Sequence[str]) -> float:
     """Similarity of the first line of code to the reference: 1 - (insertions + deletions) / (both lengths).
 
-    The same as ``fuzz.ratio / 100`` of LongBench, without its rounding to whole percents. Lines with a backtick,
-    ``#`` or ``//`` are passed over.
+    In whole percents: the same as ``fuzz.ratio / 100`` of LongBench's script with the package ``Levenshtein``
+    installed (without it, ``fuzzywuzzy`` falls back on ``difflib``, which is another measure). Lines with a
+    backtick, ``#`` or ``//`` are passed over.
     """
     line = first_code_line(prediction)
     return max(_edit_similarity(line, reference) for reference in references)
@@ -145,8 +187,11 @@ def first_code_line(prediction: str) -> str:
 
 
 def _edit_similarity(a: str, b: str) -> float:
+    if a == b:
+        return 1.0
     total = len(a) + len(b)
-    return 2 * longest_common_subsequence(a, b) / total if total else 1.0
+    edits = total - 2 * longest_common_subsequence(a, b)
+    return round(100 * (1 - edits / total)) / 100
 
 
 def classification_accuracy(
@@ -154,15 +199,20 @@ def classification_accuracy(
 ) -> float:
     """1 / (classes named) when the right one is among them, else 0.
 
-    A class whose name is a part of the right one's does not count as named.
+    A class whose name is a part of the right one's is struck off the list of those named, while the list is
+    gone through, as in LongBench's script: the one that follows in the list is then not looked at. (No class of
+    TREC is a part of another.)
     """
-    named = [name for name in classes if name in prediction]
-    return max(_share(named, reference) for reference in references)
+    return max(_share([name for name in classes if name in prediction], ref) for ref in references)
 
 
 def _share(named: list[str], reference: str) -> float:
-    kept = [name for name in named if name == reference or name not in reference]
-    return 1 / len(kept) if reference in kept else 0.0
+    place = 0
+    while place < len(named):
+        if named[place] in reference and named[place] != reference:
+            named.remove(named[place])
+        place += 1
+    return 1 / len(named) if reference in named else 0.0
 
 
 def first_line(prediction: str) -> str:

@@ -1,7 +1,7 @@
 """Test-time training: a few steps on the prompts themselves, answers, and the weights back as they were.
 
-What is restored is everything that training touches: parameters, buffers, the optimizer's state, gradients and
-the mode, bit for bit, whatever happens in between.
+What is restored is everything that training touches: trained parameters (with LoRA these are the adapters alone),
+buffers, the optimizer's state, gradients and the mode, bit for bit, whatever happens in between.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import numpy as np
 import torch
 
 from refine.data.document import stable_hash
-from refine.method import RefineConfig, refine_step
-from refine.prepare import OptimizerSettings
+from refine.evaluation.settings import KINDS
+from refine.method import RefineConfig, RefineStepOutput, refine_step
+from refine.method.rollouts import Rollouts
+from refine.shared_settings import OptimizerSettings
 from refine.training.losses import sequence_loss
 from refine.training.update import adamw, apply_update
 from refine_kernels.linear_logprob import mix_seeds
-
-KINDS = ("refine", "sft", "none")
-RESTORES = ("sample", "batch", "never")
 
 
 class PromptTrainer:
@@ -34,6 +33,7 @@ class PromptTrainer:
         steps: updates on each batch of prompts.
         optimizer: of AdamW, and the norm to which gradients are clipped.
         bf16: autocast to bfloat16; parameters stay as they are.
+        mini_batches: updates that one draw of rollouts serves, each on its share of the prompts.
         seed: of the rollouts. A prompt's draws depend on it, on the step and on the prompt's key alone.
 
     Attributes:
@@ -50,6 +50,7 @@ class PromptTrainer:
         optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008
         bf16: bool = False,
         seed: int = 0,
+        mini_batches: int = 1,
     ):
         if kind not in KINDS[:2]:
             raise ValueError(f"kind must be refine or sft, got {kind!r}")
@@ -57,7 +58,7 @@ class PromptTrainer:
         self.kind, self.steps, self.seed = kind, steps, seed
         self.max_grad_norm, self.bf16 = optimizer.max_grad_norm, bf16
         self.optimizer = adamw(model, optimizer)
-        self.skipped = 0
+        self.mini_batches, self.skipped = mini_batches, 0
 
     @property
     def least_tokens(self) -> int:
@@ -99,23 +100,46 @@ class PromptTrainer:
         return len(chosen)
 
     def _update(self, chosen: list[tuple[np.ndarray, str]], step: int) -> None:
-        def loss_of(prompt: np.ndarray, key: str) -> tuple[torch.Tensor, dict[str, Any]]:
-            loss = self._loss(prompt, key, step) / len(chosen)
+        """The updates of one step: off-policy where one draw serves several."""
+        draws: list[Rollouts | None] = [None] * len(chosen)
+        if self.kind == "refine" and self.mini_batches > 1:
+            device = next(self.model.parameters()).device
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                draws = [self._refine(prompt, key, step).drawn for prompt, key in chosen]
+        size = -(-len(chosen) // self.mini_batches)
+        for first in range(0, len(chosen), size):
+            share = slice(first, first + size)
+            self._apply(list(zip(chosen[share], draws[share])), step)
+
+    def _apply(self, share: list[tuple[tuple[np.ndarray, str], Rollouts | None]], step: int) -> None:
+        def loss_of(
+            prompt: np.ndarray, key: str, drawn: Rollouts | None
+        ) -> tuple[torch.Tensor, dict[str, Any]]:
+            loss = self._loss(prompt, key, step, drawn) / len(share)
             return loss, {"loss": loss.item()}
 
-        losses = [lambda prompt=prompt, key=key: loss_of(prompt, key) for prompt, key in chosen]
+        losses = [lambda one=one, drawn=drawn: loss_of(*one, drawn) for one, drawn in share]
         metrics = apply_update(
             self.model, self.optimizer, losses, max_grad_norm=self.max_grad_norm, bf16=self.bf16
         )
         self.skipped += metrics["skipped"]
 
-    def _loss(self, prompt: np.ndarray, key: str, step: int) -> torch.Tensor:
-        device = next(self.model.parameters()).device
-        input_ids = torch.from_numpy(prompt.astype(np.int64))[None].to(device)  # [1, P]
+    def _refine(
+        self, prompt: np.ndarray, key: str, step: int, drawn: Rollouts | None = None
+    ) -> RefineStepOutput:
+        input_ids = self._ids(prompt)
+        keys = torch.tensor([stable_hash(key) - 2**63], device=input_ids.device)
+        seeds = mix_seeds(self.seed, step, keys)
+        return refine_step(self.model, input_ids, self.config, seeds=seeds, rollouts=drawn)
+
+    def _ids(self, prompt: np.ndarray) -> torch.Tensor:
+        """[1, P] int64 on the model's device."""
+        return torch.from_numpy(prompt.astype(np.int64))[None].to(next(self.model.parameters()).device)
+
+    def _loss(self, prompt: np.ndarray, key: str, step: int, drawn: Rollouts | None) -> torch.Tensor:
         if self.kind == "refine":
-            keys = torch.tensor([stable_hash(key) - 2**63], device=device)
-            seeds = mix_seeds(self.seed, step, keys)
-            return refine_step(self.model, input_ids, self.config, seeds=seeds).loss
+            return self._refine(prompt, key, step, drawn).loss
+        input_ids = self._ids(prompt)
         return sequence_loss(self.model, input_ids, torch.ones_like(input_ids), self.config.segment_length)
 
 
@@ -141,7 +165,8 @@ class Snapshot:
         self._model.train(self._training)
 
     def _live(self) -> list[torch.Tensor]:
-        return [*self._model.parameters(), *self._model.buffers()]
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        return [*trained, *self._model.buffers()]
 
 
 def _cloned(state: dict[str, Any]) -> dict[str, Any]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from refine.evaluation.metrics import found_in, interval_of_mean, wilson_interval
+from refine.evaluation.settings import GROUPS
 from refine.pictures import import_pyplot
 
-_PACKAGES = ("refine-fast-weights", "torch", "transformers", "tokenizers", "triton", "flash-linear-attention")
 _DEPTH_BINS = 10
 _AVERAGES = ("niah_single", "niah_multikey", "longbench")
 
@@ -57,7 +57,8 @@ def score_predictions(lines: Iterable[dict[str, Any]], trained: bool) -> list[Sc
 
 
 def average_scores(scores: Sequence[Score]) -> list[Score]:
-    """The plain means that papers report: each task over its lengths, and families of tasks over all."""
+    """Plain means: of each task over its lengths, and of a family of tasks where all of them were measured at the
+    same lengths (``niah_single`` and ``niah_multikey``, three tasks each; ``longbench``, the 12 of its average)."""
     averages = []
     by_task: dict[str, list[Score]] = {}
     for score in scores:
@@ -66,8 +67,9 @@ def average_scores(scores: Sequence[Score]) -> list[Score]:
         if len(own) > 1:
             averages.append(_average(f"{task}_mean", own))
     for family in _AVERAGES:
-        own = [score for score in scores if score.task.startswith(f"{family}_")]
-        if len({score.task for score in own}) > 1:
+        own = [score for score in scores if score.task in GROUPS[family]]
+        lengths = [{score.length for score in own if score.task == task} for task in GROUPS[family]]
+        if own and all(found == lengths[0] for found in lengths):
             averages.append(_average(f"{family}_mean", own))
     return averages
 
@@ -119,28 +121,30 @@ def score_records(scores: Sequence[Score]) -> list[dict[str, Any]]:
     return [asdict(score) for score in scores]
 
 
-def versions() -> dict[str, str]:
-    """What the numbers were made with."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+def describe_model(model) -> dict[str, Any]:
+    """What says which model a number is of: its type, sizes and number of parameters (shared ones once)."""
+    config = model.config
+    sizes = {name: getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
+    return {
+        "model_type": config.model_type,
+        **sizes,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
 
 
-def draw_heat_maps(lines: Iterable[dict[str, Any]], path: Path) -> bool:
-    """A panel a needle task: the share of needles found, by the prompt's length and the needle's depth.
+class NeedleShares(NamedTuple):
+    """How many needles of a task were found."""
 
-    Returns whether there was anything to draw, and matplotlib to draw it with.
+    lengths: list[int]  # of prompts, in tokens
+    share: np.ndarray  # [depth bins, lengths] float64, in percent; NaN where no needle lay
+
+
+def needle_shares(lines: Iterable[dict[str, Any]]) -> dict[str, NeedleShares]:
+    """The share of needles found by the prompt's length and the needle's depth in tenths, of each needle task.
+
+    Args:
+        lines: of predictions.jsonl.
     """
-    try:
-        plt = import_pyplot()
-    except ImportError:
-        return False
-    import numpy as np
-
     panels: dict[str, dict[int, list[tuple[float, bool]]]] = {}
     for line in lines:
         if line["depths"] is not None:
@@ -148,6 +152,29 @@ def draw_heat_maps(lines: Iterable[dict[str, Any]], path: Path) -> bool:
             panels.setdefault(line["task"], {}).setdefault(line["length"], []).extend(
                 zip(line["depths"], found)
             )
+    shares = {}
+    for task, by_length in panels.items():
+        lengths = sorted(by_length)
+        share = np.full((_DEPTH_BINS, len(lengths)), np.nan)
+        for column, length in enumerate(lengths):
+            for depth_bin in range(_DEPTH_BINS):
+                own = [ok for depth, ok in by_length[length] if _bin(depth) == depth_bin]
+                if own:
+                    share[depth_bin, column] = 100 * sum(own) / len(own)
+        shares[task] = NeedleShares(lengths, share)
+    return shares
+
+
+def draw_heat_maps(lines: Iterable[dict[str, Any]], path: Path) -> bool:
+    """A panel a needle task: :func:`needle_shares`.
+
+    Returns whether there was anything to draw, and matplotlib to draw it with.
+    """
+    try:
+        plt = import_pyplot()
+    except ImportError:
+        return False
+    panels = needle_shares(lines)
     if not panels:
         return False
     across = min(4, len(panels))
@@ -161,14 +188,7 @@ def draw_heat_maps(lines: Iterable[dict[str, Any]], path: Path) -> bool:
         layout="constrained",
     )
     image = None
-    for panel, (task, by_length) in zip(axes.flat, panels.items()):
-        lengths = sorted(by_length)
-        share = np.full((_DEPTH_BINS, len(lengths)), np.nan)
-        for column, length in enumerate(lengths):
-            for depth_bin in range(_DEPTH_BINS):
-                own = [ok for depth, ok in by_length[length] if _bin(depth) == depth_bin]
-                if own:
-                    share[depth_bin, column] = 100 * sum(own) / len(own)
+    for panel, (task, (lengths, share)) in zip(axes.flat, panels.items()):
         image = panel.imshow(share, vmin=0, vmax=100, cmap="YlGnBu", aspect="auto")
         panel.set_title(task, fontsize=9)
         panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)

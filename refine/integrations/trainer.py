@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from refine.method import RefineConfig, RefineStepOutput, refine_step
 from refine.method.sequences import Sequences
-from refine.training.tracking import write_samples
+from refine.training.samples import write_samples
 from refine_kernels.linear_logprob import mix_seeds
 
 
@@ -87,8 +87,9 @@ class RefineTrainer(Trainer):
                 sequences, output = self._last
                 folder = Path(self.args.output_dir) / "samples"
                 folder.mkdir(parents=True, exist_ok=True)
-                ids = sequences.padded().input_ids
-                write_samples(folder, self.state.global_step, ids, output, self.processing_class)
+                ids = sequences.padded().input_ids[0, : int(sequences.lengths[0])]
+                left = 0 if sequences.left is None else int(sequences.left[0])
+                write_samples(folder, self.state.global_step, ids, output, self.processing_class, left=left)
         super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -7,7 +7,7 @@ batch.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -74,7 +74,7 @@ def generate_group(
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be at least 0 and finite, got {temperature!r}")
-    draw = _request(temperature, top_k, top_p, min_p)
+    draw = sample_request(temperature, top_k, top_p, min_p)
     prompts = Sequences.of(prompt_ids, prompt_mask)
     if seeds is None:
         seeds = sequence_seeds(prompts.input_ids, prompts.lengths, generator)
@@ -141,7 +141,9 @@ class SampleFiltered:
         return {"token": token.view(shape), "logprob": table.gather(1, token).view(shape)}
 
 
-def _request(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None):
+def sample_request(
+    temperature: float, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
+) -> Callable[[torch.Tensor], SampleFiltered | SampleToken]:
     """What to ask the head for, as a function of the seeds."""
     kinds = (("top_k", TopKLogitsWarper, top_k), ("top_p", TopPLogitsWarper, top_p))
     filters = LogitsProcessorList()

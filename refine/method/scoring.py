@@ -5,19 +5,21 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from refine.method.config import RefineConfig
 from refine.method.reading import Branches
-from refine.method.rewards import REWARDS, Reward, binary, cosine, find_reward
+from refine.method.rewards import REWARDS, Reward, binary, find_reward
 from refine.method.sequences import Sequences
 
 
 class Scores(NamedTuple):
-    """One number per rollout, without a gradient."""
+    """How good each rollout is, without a gradient."""
 
     rewards: torch.Tensor  # [S, c, n] float32, by ``config.reward``
     cosine: torch.Tensor  # [S, c, n] float32, Eq. 9
     exact_match: torch.Tensor  # [S, c, n] float32, Eq. 11
+    similarity: torch.Tensor  # [S, c, n, k] float32: per token, the cosine whose mean Eq. 9 takes
 
 
 @torch.no_grad()
@@ -44,17 +46,26 @@ def score_rollouts(
         branches.predicted.to(dtype).flatten(0, 2),
         true_hidden.flatten(0, 2),
     )
-    functions = (find_reward(config.reward), cosine, binary)
+    similarity = F.cosine_similarity(arguments[2], arguments[3], dim=-1)  # [R, k]
+    functions = (find_reward(config.reward), binary)
     if lengths is None:
         found = [_reward(function, config.reward, arguments) for function in functions]
+        cosine = similarity.mean(-1)
     else:  # a reward function sees rollouts of one length at a time
         found = [arguments[2].new_empty(shape.numel()) for _ in functions]
+        cosine = torch.empty_like(found[0])
         for count in lengths.unique().tolist():
             rows = (lengths.flatten() == count).nonzero()[:, 0]
             shortened = tuple(argument[rows, :count] for argument in arguments)
             for values, function in zip(found, functions):
                 values[rows] = _reward(function, config.reward, shortened).to(values.dtype)
-    return Scores(*(values.detach().view(shape).to(torch.float32) for values in found))
+            cosine[rows] = similarity[rows, :count].mean(-1)
+    rewards, exact_match = found
+    each = {"rewards": rewards, "cosine": cosine, "exact_match": exact_match}
+    return Scores(
+        **{name: values.detach().view(shape).to(torch.float32) for name, values in each.items()},
+        similarity=similarity.view(branches.tokens.shape).to(torch.float32),
+    )
 
 
 def _reward(function: Reward, name: str, arguments: tuple[torch.Tensor, ...]) -> torch.Tensor:

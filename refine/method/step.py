@@ -48,6 +48,10 @@ class RefineStepOutput:
     advantages: torch.Tensor  # [S, c, n] float32
     cosine: torch.Tensor  # [S, c, n] float32, the cosine reward whatever the configured one is
     exact_match: torch.Tensor  # [S, c, n] float32, the binary reward likewise
+    similarity: (
+        torch.Tensor
+    )  # [S, c, n, k] float32, per token of a rollout: cosine of predicted and true state
+    chosen_entropy: torch.Tensor  # [S, c] float32, of the prediction of each rollout's first token
     clip_fraction: torch.Tensor  # scalar: share of rollout tokens whose gradient is clipped
     rollout_lengths: torch.Tensor  # [S, c, n] int64, tokens that count; k unless rollout_stop_entropy is set
     drawn: (
@@ -131,6 +135,7 @@ def refine_step(
         nsp_loss=nsp_loss.detach(),
         entropy=sequences.in_rows(reading.entropy),
         positions=positions,
+        chosen_entropy=reading.entropy.gather(1, positions - 1).detach(),
         rollouts=branches.tokens,
         logprobs=logprobs,
         old_logprobs=old_logprobs,

@@ -17,6 +17,7 @@ from torch import nn
 
 from refine.models.layout import BatchLayout
 from refine.models.registry import register_auto_classes
+from refine_kernels.precision import accumulation_dtype
 
 
 @functools.cache
@@ -206,34 +207,42 @@ def last_inputs(
 
 
 class _ConvolutionSiLU(torch.autograd.Function):
-    """W shifted multiply-adds over whole rows; only the input is kept for the backward."""
+    """W shifted multiply-adds over whole rows; only the input is kept for the backward.
+
+    Half precision is computed in float32, which is more than twice as fast on a CPU.
+    """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # [B, T, D], [D, W]
         ctx.save_for_backward(x, weight)
-        return F.silu(_ConvolutionSiLU._sum_of_shifts(x, weight))
+        wide = accumulation_dtype(x)
+        return F.silu(_ConvolutionSiLU._sum_of_shifts(x.to(wide), _taps(weight, wide))).to(x.dtype)
 
     @staticmethod
-    def _sum_of_shifts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        width = weight.shape[1]
-        y = x * weight[:, -1]
-        for shift in range(1, min(width, x.shape[1])):
-            y[:, shift:].addcmul_(x[:, :-shift], weight[:, width - 1 - shift])
+    def _sum_of_shifts(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:  # [B, T, D], [W, D]
+        y = x * taps[-1]
+        for shift in range(1, min(len(taps), x.shape[1])):
+            y[:, shift:].addcmul_(x[:, :-shift], taps[-1 - shift])
         return y
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         x, weight = ctx.saved_tensors
-        width = weight.shape[1]
-        grad_y = torch.ops.aten.silu_backward(grad, _ConvolutionSiLU._sum_of_shifts(x, weight))
-        grad_x = grad_y * weight[:, -1]
-        grad_weight = torch.zeros_like(weight)
-        grad_weight[:, -1] = (grad_y * x).sum((0, 1))
-        for shift in range(1, min(width, x.shape[1])):
-            tap = width - 1 - shift
-            grad_x[:, :-shift].addcmul_(grad_y[:, shift:], weight[:, tap])
-            grad_weight[:, tap] = (grad_y[:, shift:] * x[:, :-shift]).sum((0, 1))
-        return grad_x, grad_weight
+        dtype, wide = x.dtype, accumulation_dtype(x)
+        x, taps = x.to(wide), _taps(weight, wide)
+        grad_y = torch.ops.aten.silu_backward(grad.to(wide), _ConvolutionSiLU._sum_of_shifts(x, taps))
+        grad_x = grad_y * taps[-1]
+        grad_taps = torch.zeros_like(taps)
+        grad_taps[-1] = (grad_y * x).sum((0, 1))
+        for shift in range(1, min(len(taps), x.shape[1])):
+            grad_x[:, :-shift].addcmul_(grad_y[:, shift:], taps[-1 - shift])
+            grad_taps[-1 - shift] = (grad_y[:, shift:] * x[:, :-shift]).sum((0, 1))
+        return grad_x.to(dtype), grad_taps.t().to(weight.dtype)
+
+
+def _taps(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[D, W] -> [W, D], each tap's weights side by side."""
+    return weight.t().to(dtype).contiguous()
 
 
 class GatedMLP(nn.Module):

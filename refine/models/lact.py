@@ -35,7 +35,9 @@ NORM_EPS = 1e-5
 
 
 class LaCTConfig(FastWeightConfig):
-    """Configuration of a LaCT model; the keys are those of published ``config.json`` files.
+    """Configuration of a LaCT model; the keys are those of published ``config.json`` files, the defaults those of
+    the public class: fast weights of full rank (``w0_w2_low_rank`` -1) and ``rope_theta`` 1e4, which the published
+    760M sets to 32 and 1e6.
 
     ``window_size`` and ``lact_chunk_size`` are independent of one another, in decoding too.
     """
@@ -65,9 +67,9 @@ class LaCTConfig(FastWeightConfig):
         learnable_ttt_scale: bool = True,
         ttt_prenorm: bool = False,
         ttt_nope: bool = False,
-        w0_w2_low_rank: int = 32,
+        w0_w2_low_rank: int = -1,
         fw_init_gain: float = 0.5,
-        rope_theta: float = 1e6,
+        rope_theta: float = 1e4,
         **kwargs,
     ):
         for name, heads in (("num_attn_heads", num_attn_heads), ("num_lact_heads", num_lact_heads)):

@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.utils import CONFIG_NAME, logging
 
+from refine.models.adapters import find_adapters, holds_adapters, load_merged
 from refine.models.causal_lm import FastWeightForCausalLM
 from refine.models.initialization import mimetic_init_
 from refine.models.registry import MODELS, resolve_type
@@ -24,7 +25,8 @@ def load_model(path_or_name: str | Path, **overrides) -> FastWeightForCausalLM:
     """Load a registered model (:data:`MODELS`) from a local folder or a hub name.
 
     Args:
-        path_or_name: a folder with ``config.json`` and safetensors weights, or a hub name.
+        path_or_name: a folder with ``config.json`` and safetensors weights, or a hub name; also one of LoRA
+            adapters in PEFT's layout, which are merged into the weights of the base model that they name.
         **overrides: ``dtype`` or ``torch_dtype`` (default: the checkpoint's), ``revision``, ``subfolder``,
             ``token``, ``cache_dir``, ``device_map``, ``use_safetensors`` (default True: no pickle unless you
             say otherwise), as for ``from_pretrained``; any other key overrides one of the configuration.
@@ -37,7 +39,14 @@ def load_model(path_or_name: str | Path, **overrides) -> FastWeightForCausalLM:
     dtype = _one_dtype(overrides, "load_model")
     loading = {key: overrides.pop(key) for key in LOADING_OPTIONS & overrides.keys()}
     where = {key: loading[key] for key in ("revision", "subfolder", "token", "cache_dir") if key in loading}
-    model_type, keys = _read_config(path_or_name, where)
+    if holds_adapters(path_or_name):
+        return _load_base_and_merge(path_or_name, where, overrides | loading, dtype)
+    try:
+        model_type, keys = _read_config(path_or_name, where)
+    except FileNotFoundError:
+        if Path(path_or_name).exists() or not find_adapters(path_or_name, where):
+            raise
+        return _load_base_and_merge(path_or_name, where, overrides | loading, dtype)
     model_class = MODELS[model_type]
     config_class = model_class.config_class
     config_class.check_settings(overrides, "load_model", also=LOADING_OPTIONS)
@@ -59,6 +68,13 @@ def load_model(path_or_name: str | Path, **overrides) -> FastWeightForCausalLM:
                 f"{path_or_name}: {len(names)} {kind.replace('_', ' ')} for {model_type}: {listed}"
             )
     return model
+
+
+def _load_base_and_merge(
+    path_or_name: str | Path, where: dict, options: dict, dtype: torch.dtype | str | None
+) -> FastWeightForCausalLM:
+    options = {name: value for name, value in options.items() if name not in ("revision", "subfolder")}
+    return load_merged(path_or_name, where, lambda base: load_model(base, dtype=dtype, **options))
 
 
 def _without_skipped(model: FastWeightForCausalLM, path_or_name: str | Path, names) -> list[str]:

@@ -9,6 +9,7 @@ are safetensors, and the training state is loaded with ``weights_only=True``.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from refine.files import why
 from refine.finite import first_not_finite
+from refine.models.adapters import ADAPTER_CONFIG, base_of, holds_adapters
 from refine.training.optimizer_state import load_state_by_name, read_shards, shard_path, state_by_name
 from refine.training.parallel import World, full_weights, unwrap
 
@@ -30,7 +32,7 @@ CHECKSUMS = "checksums.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STATE_KEYS = ("schedule", "data", "counters", "random")
 _OURS = re.compile(  # names of files that save_folder writes
-    r"(generation_)?config\.json|.*\.safetensors|model\.safetensors\.index\.json|tokenizer(_config)?\.json|"
+    r"(generation_|adapter_)?config\.json|.*\.safetensors|model\.safetensors\.index\.json|tokenizer(_config)?\.json|"
     r"special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|(tokenizer|spiece)\.model|"
     rf"chat_template\.jinja|{re.escape(TRAINING_STATE)}|{re.escape(CHECKSUMS)}|optimizer-\d+-of-\d+\.pt"
 )
@@ -73,7 +75,7 @@ def save_folder(
         if sharded and optimizer is not None:
             torch.save(state_by_name(bare, optimizer), shard_path(partial, world.rank, world.size))
         if world.is_main:
-            bare.save_pretrained(partial, state_dict=weights)
+            _save_weights(partial, bare, weights)
             tokenizer.save_pretrained(partial)
             if state is not None:
                 whole = {} if sharded else {"optimizer": state_by_name(bare, optimizer)}
@@ -88,6 +90,15 @@ def save_folder(
         if world.is_main:
             remove_folder(partial)
         raise CheckpointError(f"{final} could not be written: {reason}") from error
+
+
+def _save_weights(folder: Path, bare, weights: dict[str, torch.Tensor] | None) -> None:
+    """The model's weights, or of a model with adapters these alone."""
+    if base_of(bare) is bare:
+        bare.save_pretrained(folder, state_dict=weights)
+        return
+    bare.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
 
 
 def restore_optimizer(folder: Path, state: dict[str, Any], model, optimizer) -> None:
@@ -138,7 +149,7 @@ def load_training_state(folder: Path) -> dict[str, Any]:
         if "optimizer" not in state:
             path = folder
             read_shards(folder)
-        path = folder / "config.json"
+        path = folder / (ADAPTER_CONFIG if holds_adapters(folder) else "config.json")
         path.stat()
         _check_weights(folder)
     except CheckpointError:
@@ -295,7 +306,7 @@ def _check_state(state: Any) -> None:
         if not isinstance(state.get(key), dict):
             raise ValueError(f"it has no {key!r}")
     for key, value in state["counters"].items():
-        if not isinstance(value, int) or value < 0:
+        if not isinstance(value, float if key == "seconds" else int) or not 0 <= value < math.inf:
             raise ValueError(f"counters: {key} is {value!r}")
     if not isinstance(state["counters"].get("step"), int):
         raise ValueError("counters has no 'step'")

@@ -6,6 +6,7 @@ the prompts once and branches (:mod:`refine.method.completions`). Metrics have T
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,10 @@ from refine.method.objective import (
     of_whole_update,
     policy_objective,
 )
+from refine.models import load_model
+from refine.models.adapters import WithoutAdapters, holds_adapters
 from refine.prepare import load_model_and_tokenizer
-from refine.training.parallel import World
+from refine.training.parallel import World, unwrap
 from refine.training.settings import TrainSettings
 from refine.training.text_rewards import TextRewards
 from refine.training.update import apply_update
@@ -50,7 +53,7 @@ class GroupPhase:
         self.settings, self.model, self.optimizer, self.world = settings, model, optimizer, world
         self.tokenizer = tokenizer
         self.rewards = TextRewards(settings.reward_funcs, settings.reward_weights)
-        self.reference = load_reference(settings, world) if settings.beta else None
+        self.reference = load_reference(settings, world, model) if settings.beta else None
         self.on_policy = settings.num_mini_batches * settings.num_iterations == 1
 
     def draw(self, mini_batches: list[list[PromptBatch]], step: int) -> list[list[Group]]:
@@ -88,11 +91,16 @@ class GroupPhase:
         return metrics | {"tokens": prompts + tokens}, draws[-1]
 
     @torch.no_grad()
-    def measure(self, held_out: list[PromptBatch]) -> dict[str, float]:
-        """The rewards of completions of held-out prompts, drawn as in training but with the run's seed alone."""
+    def measure(self, held_out: Iterable[PromptBatch]) -> dict[str, float]:
+        """The rewards of completions of held-out prompts, drawn as in training but with the run's seed alone;
+        ``_low`` and ``_high`` are the ends of the 95 % interval of the mean over prompts."""
         found = [self._complete(batch.to(self.world.device), 0)[1] for batch in held_out]
-        rewards = torch.cat(found)
-        measured = {"eval_reward": self.rewards.total(rewards).mean().item(), "eval_sequences": len(held_out)}
+        each = torch.stack([self.rewards.total(rewards).mean() for rewards in found]).double()  # [prompts]
+        rewards, mean = torch.cat(found), each.mean().item()
+        measured = {"eval_reward": mean, "eval_sequences": len(found)}
+        if len(each) > 1:
+            reach = 1.96 * each.std().item() / len(each) ** 0.5
+            measured |= {"eval_reward_low": mean - reach, "eval_reward_high": mean + reach}
         for name, column in zip(self.rewards.names, rewards.unbind(1)):
             measured[f"eval_rewards/{name}/mean"] = column.nanmean().item()
         return measured
@@ -188,10 +196,16 @@ class GroupPhase:
         return loss, measures
 
 
-def load_reference(settings: TrainSettings, world: World) -> torch.nn.Module:
-    """The model that a run begins from, frozen: what ``beta`` keeps the policy near to."""
-    model, _ = load_model_and_tokenizer(settings, settings)
-    return model.to(world.device).requires_grad_(False).eval()
+def load_reference(settings: TrainSettings, world: World, model: torch.nn.Module) -> torch.nn.Module:
+    """The model that a run begins from, frozen: what ``beta`` keeps the policy near to. With new adapters it is the
+    policy without them."""
+    if settings.use_peft and not holds_adapters(settings.model_name_or_path or ""):
+        return WithoutAdapters(unwrap(model))
+    if settings.use_peft:  # adapters that are trained on: merged into a copy
+        reference = load_model(settings.model_name_or_path, dtype=torch.float32)
+    else:
+        reference, _ = load_model_and_tokenizer(settings, settings)
+    return reference.to(world.device).requires_grad_(False).eval()
 
 
 def write_completions(path, step: int, batch: PromptBatch, group: Group, shown: int = 200) -> None:

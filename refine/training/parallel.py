@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 from refine.method import ContextParallel
+from refine.models.adapters import base_of
 
 MODES = ("none", "ddp", "fsdp2", "context")
 
@@ -150,7 +151,7 @@ def wrap(model: nn.Module, world: World, param_dtype: torch.dtype | None = None)
         policy = MixedPrecisionPolicy(
             param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        for block in model.model.layers:
+        for block in base_of(model).model.layers:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         # embeddings, the last norm and the head: used in every call, so they stay gathered between calls
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
@@ -178,8 +179,11 @@ def clip_gradients(model: nn.Module, largest: float) -> float:
 
 
 def full_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """The whole model's weights, gathered on the CPU of the main process (None elsewhere, under fsdp2)."""
+    """The whole model's weights, or those of its adapters alone, gathered on the CPU of rank 0 (None elsewhere,
+    under fsdp2)."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(unwrap(model), options=options) or None
+    bare = unwrap(model)
+    adapters_alone = base_of(bare) is not bare
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters_alone)
+    return get_model_state_dict(bare, options=options) or None

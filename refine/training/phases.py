@@ -7,6 +7,7 @@ one of these, or none, on the prompts of a batch of pairs, and then a step on th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
@@ -44,8 +45,9 @@ def open_streams(
             held_out = held_out_prompts(config, settings.prompt_column, tokenizer)
     elif settings.phase == "post":
         columns = PairColumns(
-            settings.prompt_column, settings.answer_column, settings.question_column, settings.passages_column
-        )
+            settings.prompt_column, settings.answer_column, settings.question_column, settings.passages_column,
+            tuple(settings.pair_lengths),
+        )  # fmt: skip
         stream = training_pairs(config, columns, tokenizer, rank=rank, world_size=readers)
         if settings.eval_samples:
             held_out = held_out_pairs(config, columns, tokenizer)
@@ -77,12 +79,15 @@ class Phase:
         self.settings, self.model, self.optimizer, self.world = settings, model, optimizer, world
         self.answers = settings.phase == "post"
         self.reference = (
-            load_reference(settings, world) if settings.beta and settings.draws_rollouts else None
+            load_reference(settings, world, model) if settings.beta and settings.draws_rollouts else None
         )
+        self.waiting: list[PairBatch] = []  # pairs whose answers are learned once the draw's updates are done
+        self.updates_left = 0  # of the draw
         self.on_text = {"mid": "refine", "sft": "sft", "post": settings.prompt_step}[settings.phase]
 
     def draw(self, mini_batches: list[list[Batch]], step: int) -> list[Draws]:
         """Off-policy: the rollouts of every mini-batch by the policy as it is now. On-policy: none."""
+        self.waiting, self.updates_left = [], len(mini_batches)
         if self.on_text != "refine" or self.settings.num_mini_batches == 1:
             return [[None] * len(mini_batch) for mini_batch in mini_batches]
         with torch.no_grad(), self.precision():
@@ -99,11 +104,15 @@ class Phase:
         if self.on_text != "none":
             metrics, last = self._update_on_text(mini_batch, draws, step)
         if self.answers:
-            metrics = self._update_on_answers(mini_batch, metrics)
+            self.waiting += mini_batch
+            self.updates_left -= 1
+            if self.settings.answer_updates == "each" or self.updates_left == 0:
+                metrics = self._update_on_answers(self.waiting, metrics)
+                self.waiting = []
         return metrics, last
 
     @torch.no_grad()
-    def measure(self, held_out: list[Batch | PairBatch]) -> dict[str, float]:
+    def measure(self, held_out: Iterable[Batch | PairBatch]) -> dict[str, float]:
         """What is measured of held-out data besides its text: the answers' loss, in nats per token."""
         if not self.answers:
             return {}
@@ -234,6 +243,7 @@ def _measures(output: RefineStepOutput, batch: Batch, packed: bool) -> dict[str,
         "cosine": output.cosine.mean(),
         "exact_match": output.exact_match.mean(),
         "entropy": (output.entropy if packed else output.entropy[batch.attention_mask.bool()]).mean(),
+        "chosen_entropy": output.chosen_entropy.mean(),
         "clip_fraction": output.clip_fraction,
         "rollout_length": output.rollout_lengths.float().mean(),
     }

@@ -19,6 +19,7 @@ from refine.training.settings import TrainSettings
 
 FIXED = (
     "model_name_or_path", "model_type", "config_overrides", "mimetic_init", "tokenizer_name_or_path", "seed",
+    "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save",
 )  # fmt: skip
 FREE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "device", "run_name", "report_to")
 

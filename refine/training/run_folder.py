@@ -18,8 +18,20 @@ from refine.settings import SettingsError
 from refine.training import checkpoint
 
 MARK = ".refine-run.json"
-_FILES = ("config.yaml", "metrics.jsonl", "metrics.jsonl.broken", "loss.png", "reward.png")
-_INSIDE = {"samples": re.compile(r"step-\d+\.txt"), "tensorboard": re.compile(r"events\.out\.tfevents\..*")}
+_FILES = (
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "metrics.jsonl.broken",
+    "loss.png",
+    "reward.png",
+    "held_out_reward.png",
+    "report.html",
+)
+_INSIDE = {
+    "samples": re.compile(r"step-\d+\.txt|(step|held-out)-\d+\.json"),
+    "tensorboard": re.compile(r"events\.out\.tfevents\..*"),
+}
 
 
 class RunFolder:

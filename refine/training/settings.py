@@ -7,31 +7,54 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any, ClassVar
 
 from refine.data.curriculum import check_lengths
 from refine.method.config import RefineConfig
-from refine.models.registry import ENTRIES, resolve_type
-from refine.prepare import ModelSettings, NewModelSettings, OptimizerSettings, TextSettings
 from refine.settings import (
     SettingsError,
     build,
     check_values,
+    nearest,
     read_command_line,
     read_file,
-    read_yaml,
     setting,
+)
+from refine.shared_settings import (
+    AdapterSettings,
+    ModelSettings,
+    NewModelSettings,
+    OptimizerSettings,
+    TextSettings,
 )
 from refine.training.text_rewards import TextRewards
 
 PHASES = ("mid", "sft", "post", "grpo")
 SCALES = ("group", "none")
+ANSWER_UPDATES = ("each", "draw")
 PROMPT_STEPS = ("refine", "sft", "none")
 REPORTERS = ("tensorboard", "wandb")
 PARALLEL = ("none", "ddp", "fsdp2", "context")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 _ASSETS = resources.files("refine") / "assets"
 DEFAULT_JOB = _ASSETS / "default.yaml"
+RECIPES = _ASSETS / "recipes"
+EXAMPLES = (
+    ("the tiny model on text that every Python has: under two minutes on two cores", "refine train"),
+    (
+        "your text: a file, or a folder of .txt, .md, .jsonl, .json, .csv and .parquet files",
+        "refine train --dataset_name_or_path my_text/ --output_dir runs/mine",
+    ),
+    (
+        "a published checkpoint, at the paper's settings",
+        "refine train --model_name_or_path fla-hub/delta_net-1.3B-100B --dataset_name_or_path my_text/ --bf16",
+    ),
+    (
+        "go on with a run that was stopped",
+        "refine train --config runs/mine/config.yaml --resume_from_checkpoint auto",
+    ),
+)
 TINY_LEARNING_RATE = 1e-3  # of a small new model, where nothing else is said
 
 
@@ -44,6 +67,16 @@ class PairSettings:
     question_column: str = setting("question", "with passages_column")
     passages_column: str | None = setting(
         None, "make RULER's QA prompts of these passages, the question, and others' passages"
+    )
+    pair_lengths: list[int] = setting(
+        [], "only rows whose max_seq_length is one of these; default: all", least=1
+    )
+    answer_eos: bool = setting(True, "end-of-text behind each answer is learned too")
+    answer_updates: str = setting(
+        "each",
+        "each: an update on the answers after every update on prompts; draw: one on all pairs that a draw of "
+        "rollouts serves, after their updates",
+        choices=ANSWER_UPDATES,
     )
 
 
@@ -97,29 +130,8 @@ class StreamSettings(TextSettings):
 
 
 @dataclass(kw_only=True)
-class TrainSettings(
-    RefineConfig,
-    ModelSettings,
-    NewModelSettings,
-    StreamSettings,
-    PairSettings,
-    GroupSettings,
-    OptimizerSettings,
-):
-    """Everything that ``python -m refine.train`` can be told; the method's own settings are inherited.
-
-    Names are those of transformers and TRL where they have one. The defaults are the paper's mid-training
-    values (AdamW 1e-6, betas 0.9 and 0.999, weight decay 0.01, gradient clip 0.2).
-    """
-
-    GROUPS: ClassVar[dict[str, type]] = {
-        "method": RefineConfig, "model": ModelSettings, "new_model": NewModelSettings, "data": StreamSettings,
-        "pairs": PairSettings, "groups": GroupSettings, "optimizer": OptimizerSettings,
-    }  # fmt: skip
-    ALIASES: ClassVar[dict[str, str]] = {
-        "model": "model_name_or_path", "loss_type": "objective", "epsilon": "clip_range",
-        "epsilon_high": "clip_range_high", "delta": "dual_clip",
-    }  # fmt: skip
+class RunSettings:
+    """What kind of training, and where it goes."""
 
     phase: str = setting(
         "mid",
@@ -127,20 +139,26 @@ class TrainSettings(
         "(prompt_step), then one on the answers; grpo: completions of prompts, rewarded by reward_funcs",
         choices=PHASES,
     )
-    prompt_step: str = setting("refine", "with phase post", choices=PROMPT_STEPS)
-
-    output_dir: str = setting("runs/refine", "where everything goes")
+    prompt_step: str = setting("refine", "the step on the prompts, in phase post", choices=PROMPT_STEPS)
+    output_dir: str = setting(
+        "runs/refine", "the run's folder: settings, metrics, samples, checkpoints, final model"
+    )
     overwrite_output_dir: bool = setting(False, "write into a folder that has files")
     resume_from_checkpoint: str = setting(
         "none", "auto (the newest good one), none, or a checkpoint's folder"
     )
 
+
+@dataclass(kw_only=True)
+class UpdateSettings:
+    """How many updates, of how much, on how many devices."""
+
+    max_steps: int = setting(100, "optimizer updates", least=1)
     per_device_train_batch_size: int = setting(1, "sequences a forward pass", least=1)
     gradient_accumulation_steps: int = setting(1, "forward passes an update", least=1)
     num_mini_batches: int = setting(
         1, "updates that one draw of rollouts serves; 1: on-policy, 4: the paper's off-policy", least=1
     )
-    max_steps: int = setting(100, "optimizer updates", least=1)
     lr_scheduler_type: str = setting("constant_with_warmup", "of the learning rate", choices=SCHEDULES)
     warmup_steps: int = setting(0, "updates of linear warm-up", least=0)
     max_skipped_updates: int = setting(
@@ -153,6 +171,11 @@ class TrainSettings(
         False, "put the sequences of a forward pass into one row, without padding (phases mid and sft)"
     )
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward")
+
+
+@dataclass(kw_only=True)
+class ReportSettings:
+    """What is logged, measured and saved, and how often."""
 
     logging_steps: int = setting(1, "updates between two lines of metrics.jsonl", least=1)
     sample_steps: int = setting(10, "updates between two rollout samples; 0: none", least=0)
@@ -168,12 +191,55 @@ class TrainSettings(
     report_to: list[str] = setting([], "where metrics go besides metrics.jsonl", choices=REPORTERS)
     run_name: str | None = setting(None, "shown by the reporters")
 
+
+@dataclass(kw_only=True)
+class TrainSettings(
+    RefineConfig,
+    ModelSettings,
+    NewModelSettings,
+    AdapterSettings,
+    StreamSettings,
+    PairSettings,
+    GroupSettings,
+    OptimizerSettings,
+    UpdateSettings,
+    ReportSettings,
+    RunSettings,
+):
+    """Everything that ``python -m refine.train`` can be told; the method's own settings are inherited.
+
+    Names are those of transformers and TRL where they have one. The defaults are the paper's mid-training
+    values (AdamW 1e-6, betas 0.9 and 0.999, weight decay 0.01, gradient clip 0.2).
+    """
+
+    ABOUT_CONFIG: ClassVar[str] = (
+        "a YAML file of settings, or the name of a recipe of this package; the command line goes over it"
+    )
+    GROUPS: ClassVar[dict[str, type]] = {
+        "run": RunSettings, "model": ModelSettings, "data": StreamSettings, "updates": UpdateSettings,
+        "optimizer": OptimizerSettings, "method": RefineConfig, "reports": ReportSettings,
+        "adapters": AdapterSettings, "new_model": NewModelSettings, "pairs": PairSettings, "groups": GroupSettings,
+    }  # fmt: skip
+    ALIASES: ClassVar[dict[str, str]] = {
+        "model": "model_name_or_path", "loss_type": "objective", "epsilon": "clip_range",
+        "epsilon_high": "clip_range_high", "delta": "dual_clip",
+    }  # fmt: skip
+
     def __post_init__(self):
         try:
             super().__post_init__()
         except ValueError as error:
             raise SettingsError(str(error)) from error
         check_values(self)
+        if self.resume_from_checkpoint.lower() in ("true", "false", "latest", "last"):
+            raise SettingsError(
+                "resume_from_checkpoint must be auto (the newest checkpoint of output_dir), none or a checkpoint's "
+                f"folder, got {self.resume_from_checkpoint!r}"
+            )
+        if self.add_bos_token is None:
+            self.add_bos_token = True
+        if self.decay_vectors is None:
+            self.decay_vectors = False
         if self.model_name_or_path and self.model_type:
             raise SettingsError(
                 "model_name_or_path and model_type exclude each other: a checkpoint or a new model"
@@ -213,6 +279,7 @@ class TrainSettings(
                 "num_mini_batches is about rollouts: it must be 1 with phase sft and without prompt_step refine"
             )
         self._check_groups()
+        self.check_adapters()
 
     def _check_groups(self) -> None:
         if self.phase != "grpo":
@@ -261,39 +328,61 @@ class TrainSettings(
 def parse_settings(arguments: list[str]) -> TrainSettings:
     """Settings from a command line: ``[--config run.yaml] [--key value ...]``.
 
-    Without ``--config`` and ``--model_name_or_path`` the file is the package's default job.
+    The command line goes over the file. Where neither names a model, the package's default job lies under both;
+    with a model the defaults are the paper's.
 
     Raises:
         SettingsError: an unknown setting (the nearest is suggested), a value of the wrong kind, a file that
             is not there or is not YAML.
         SystemExit: ``--help``.
     """
+    default_job = read_file(TrainSettings, DEFAULT_JOB)
     given = read_command_line(
-        TrainSettings, arguments, "python -m refine.train",
+        TrainSettings, arguments, "refine train",
         "Train a fast-weight language model with REFINE (arXiv 2602.16704). Without arguments: mid-train the "
         "tiny model of this package on text that every Python has, in under two minutes.",
-        shown=read_yaml(DEFAULT_JOB),
+        shown=default_job, examples=EXAMPLES,
     )  # fmt: skip
-    default_job = "config" not in given
     path = given.pop("config", None)
-    if path is None and "model_name_or_path" not in given:
-        path = DEFAULT_JOB
-    merged = {} if path is None else read_file(TrainSettings, path)
-    if default_job and "model_type" in given and "config_overrides" not in given:
-        merged |= _tiny_model(given["model_type"])
-    merged |= given
-    if "model_type" in given and "model_name_or_path" not in given:
-        merged["model_name_or_path"] = None
+    said = ({} if path is None else read_file(TrainSettings, find_config(path))) | given
+    merged = dict(said)
     if "model_name_or_path" in given and "model_type" not in given:
         merged |= {"model_type": None, "config_overrides": {}}
-    if path == DEFAULT_JOB and "recall_samples" not in given and not _asks_needles(merged):
-        merged["recall_samples"] = 0
+    if "model_type" in given and "model_name_or_path" not in given:
+        merged["model_name_or_path"] = None
+    small = None  # whose values lie under those that were given
+    if merged.get("model_name_or_path") is None and (path is None or merged.get("model_type") is None):
+        small = dict(default_job)
+        if merged.get("model_type") and "config_overrides" not in merged:
+            small |= _tiny_model(merged["model_type"])
+        merged = small | merged
+        if "recall_samples" not in said and not _asks_needles(merged):
+            merged["recall_samples"] = 0
     settings = build(TrainSettings, merged)
-    unsaid = [name for name in ("learning_rate", "max_length") if name not in merged]
-    if unsaid and os.environ.get("RANK", "0") == "0":  # of another model or file than the default job's
+    unsaid = [name for name in ("learning_rate", "max_length") if name not in said]
+    if unsaid and (path is not None or small is None) and os.environ.get("RANK", "0") == "0":
         values = ", ".join(f"{name}={getattr(settings, name)}" for name in unsaid)
-        print(f"{values}: the paper's, as nothing else was said")
+        whose = "the paper's" if small is None else "the default job's, as no model was named"
+        print(f"{values} ({whose}; say otherwise with --NAME VALUE or in the file)")
     return settings
+
+
+def find_config(given: str) -> Path:
+    """A file of settings: by its path, or a recipe of this package by its name.
+
+    Raises:
+        SettingsError: there is neither.
+    """
+    path = Path(given).expanduser()
+    if path.exists():
+        return path
+    recipes = sorted(file.name.removesuffix(".yaml") for file in RECIPES.iterdir())
+    if given.removesuffix(".yaml") in recipes:
+        return Path(str(RECIPES / f"{given.removesuffix('.yaml')}.yaml"))
+    meant = nearest(
+        given.removesuffix(".yaml"), recipes, f"; this package's recipes are {', '.join(recipes)}"
+    )
+    raise SettingsError(f"config {given!r} cannot be read: No such file{meant}")
 
 
 def _asks_needles(settings: dict[str, Any]) -> bool:
@@ -305,6 +394,8 @@ def _asks_needles(settings: dict[str, Any]) -> bool:
 def _tiny_model(model_type: str | None) -> dict[str, Any]:
     """What the default job sets for a small new model of a type: its registered small size, and a learning rate for
     it. Nothing for an unknown type, which is refused where the model is made."""
+    from refine.models.registry import ENTRIES, resolve_type  # here: --help needs no transformers
+
     try:
         tiny = ENTRIES[resolve_type(model_type)].tiny
     except ValueError:

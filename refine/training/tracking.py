@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics.jsonl, rollout samples, TensorBoard and Weights & Biases.
+"""What a run leaves to look at: metrics.jsonl, TensorBoard and Weights & Biases.
 
 None of it is worth a run: where it cannot be written, that is said once, and the run goes on.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +44,7 @@ class Tracker:
         self.path = output_dir / "metrics.jsonl"
         self._waiting = b""  # what could not be written yet
         self._warned: set[str] = set()
-        lines, broken = _split(self.path)
+        lines, broken = split_metrics(self.path)
         if broken:
             with self.path.with_name(f"{self.path.name}.broken").open("ab") as file:
                 file.write(b"".join(text + b"\n" for text in broken))
@@ -66,7 +67,8 @@ class Tracker:
         if "wandb" in report_to:
             import wandb
 
-            self._wandb = wandb.init(project="refine", name=run_name, config=settings, dir=str(output_dir))
+            project = os.environ.get("WANDB_PROJECT", "refine")
+            self._wandb = wandb.init(project=project, name=run_name, config=settings, dir=str(output_dir))
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """One line; a value that is not finite is written as null, so that every line is valid JSON. Where the
@@ -123,10 +125,20 @@ def check_reporters(report_to: list[str]) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file, in order; what is none is left out."""
-    return _split(path)[0]
+    return split_metrics(path)[0]
 
 
-def _split(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+def first_evaluation(path: Path, like: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The evaluation that a run began with, of the same measures and as many sequences as ``like``; None: the file
+    has none."""
+    line = next((line for line in read_metrics(path) if "eval_sequences" in line), None)
+    if line is None or not like or line["step"] != 0 or line["eval_sequences"] != like["eval_sequences"]:
+        return None
+    numbers = [name for name, value in like.items() if isinstance(value, int | float)]
+    return line if all(isinstance(line.get(name), int | float) for name in numbers) else None
+
+
+def split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     """The lines of a metrics file, and what else stands in it; a last line that a crash has torn is neither."""
     if not path.is_file():
         return [], []
@@ -145,37 +157,9 @@ def _split(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     return lines, broken
 
 
-def write_samples(folder: Path, step: int, batch, output, tokenizer, context_tokens: int = 40) -> None:
-    """The rollouts of a batch's first sequence beside the true continuation, best reward first.
-
-    Args:
-        folder: ``samples/`` of the run.
-        step: names the file.
-        batch: input_ids [B, T].
-        output: a :class:`refine.RefineStepOutput`.
-        tokenizer: turns ids into text.
-        context_tokens: how much of the prefix to show.
-    """
-    folder.mkdir(exist_ok=True)
-    ids, (_, c, n, k) = batch[0].tolist(), output.rollouts.shape
-    order = output.rewards[0].flatten().argsort(descending=True).tolist()
-    blocks = [f"step {step}: {c * n} rollouts of at most {k} tokens\n"]
-    for place in order:
-        j, r = divmod(place, n)
-        p, count = int(output.positions[0, j]), int(output.rollout_lengths[0, j, r])
-        blocks.append(
-            f"--- position {p}  reward {output.rewards[0, j, r]:.4f}  advantage {output.advantages[0, j, r]:+.2f}\n"
-            f"context : ...{tokenizer.decode(ids[max(0, p - context_tokens) : p])!r}\n"
-            f"rollout : {tokenizer.decode(output.rollouts[0, j, r, :count].tolist())!r}\n"
-            f"truth   : {tokenizer.decode(ids[p : p + count])!r}\n"
-        )
-    text = "\n".join(blocks)
-    (folder / f"step-{step:06d}.txt").write_text(text, encoding="utf-8", errors="replace")
-
-
 def _plain(value: Any) -> Any:
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value
+    return [_plain(one) for one in value] if isinstance(value, list) else value

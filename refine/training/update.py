@@ -15,10 +15,12 @@ Loss = Callable[[], tuple[torch.Tensor, dict[str, Any]]]
 
 
 def adamw(model: torch.nn.Module, settings: Any) -> torch.optim.AdamW:
-    """AdamW as :class:`refine.prepare.OptimizerSettings` say; vectors (norms, decay rates) are not decayed."""
+    """AdamW as ``OptimizerSettings`` say. Frozen parameters are left out."""
+    of_vectors = settings.weight_decay if settings.decay_vectors else 0.0
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": of_vectors},
     ]
     return torch.optim.AdamW(
         groups,

@@ -24,7 +24,8 @@ import refine.eval
 import refine.reproduce
 import refine.train
 from refine.pictures import import_pyplot
-from refine.prepare import ModelSettings, load_model_and_tokenizer
+from refine.prepare import load_model_and_tokenizer
+from refine.shared_settings import ModelSettings
 from refine.training.tracking import read_metrics
 from tests.refine.runs import same_weights
 

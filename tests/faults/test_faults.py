@@ -137,7 +137,7 @@ PLACES = [
     "refine.training.checkpoint:remove_folder",
     "refine.training.checkpoint:_write_checksums",
     "refine.training.run_folder:RunFolder._write_mark",
-    "refine.train:evaluate_held_out",
+    "refine.train:held_out_by_document",
     "refine.train:write_samples",
     "refine.train:draw_plots",
     "refine.train:load_model_and_tokenizer",

@@ -179,7 +179,7 @@ def test_documents_without_answers_count_one_and_held_out_text_is_not_weighed(to
 
 @pytest.mark.parametrize("segment_length", [None, 64])
 def test_the_loss_is_the_weighted_mean_over_the_update(segment_length, tokenizer):
-    model = tiny_model("delta_net", dtype=torch.float64, vocab_size=4096)
+    model = tiny_model("delta_net", dtype=torch.float64, vocab_size=len(tokenizer))
     settings = config("default+needles", max_length=128, answer_weight=3.0, context_weight=0.5)
     mini_batch = list(itertools.islice(training_stream(settings, tokenizer).batches(3), 2))
     chosen = TrainSettings(

@@ -156,17 +156,16 @@ def test_tokenizer_round_trip_is_exact(tokenizer):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_tokenizer_has_one_special_token_and_single_digits(tokenizer):
-    assert len(tokenizer) == 4096
+def test_tokenizer_has_one_special_token_and_groups_of_digits(tokenizer):
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == tokenizer.bos_token_id == 0
-    assert tokenizer.convert_ids_to_tokens(tokenizer("is 482.")["input_ids"]) == [
-        "is",
-        "Ġ",
-        "4",
-        "8",
-        "2",
-        ".",
-    ]
+    for text, pieces in (
+        ("is 482.", ["is", "Ġ", "482", "."]),
+        ("x 0071234 5", ["x", "Ġ", "007", "123", "4", "Ġ", "5"]),
+        ("v12", ["v", "12"]),
+    ):
+        assert tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"]) == pieces
+    groups = [f"{number:0{digits}}" for digits in (1, 2, 3) for number in range(10**digits)]
+    assert all(len(tokenizer(group)["input_ids"]) == 1 for group in groups)
     text = next(default_documents("held_out")).text
     assert len(text) / len(tokenizer(text)["input_ids"]) > 3
 
@@ -174,11 +173,11 @@ def test_tokenizer_has_one_special_token_and_single_digits(tokenizer):
 def test_training_a_tokenizer(monkeypatch):
     texts = ["def red_fox(): return 482\n" * 40]
     monkeypatch.setattr("refine.data.tokenizer._training_text", lambda: iter(texts))
-    small = train_tokenizer(300)
-    assert len(small) <= 300 and small.decode(small(texts[0])["input_ids"]) == texts[0]
-    assert small.backend_tokenizer.to_str() == train_tokenizer(300).backend_tokenizer.to_str()
-    with pytest.raises(ValueError, match="vocab_size is 256; allowed: 257 or more"):
-        train_tokenizer(256)
+    small = train_tokenizer(1400)
+    assert len(small) <= 1400 and small.decode(small(texts[0])["input_ids"]) == texts[0]
+    assert small.backend_tokenizer.to_str() == train_tokenizer(1400).backend_tokenizer.to_str()
+    with pytest.raises(ValueError, match="vocab_size is 1356; allowed: 1357 or more"):
+        train_tokenizer(1356)
 
 
 # --- Windows and batches
@@ -462,9 +461,9 @@ def bad_sources(folder: Path) -> dict[str, tuple[object, dict, str]]:
         "empty": (file("empty.txt", ""), {}, "empty.txt', an empty file"),
         "blank": (file("blank.jsonl", "\n\n"), {}, "blank.jsonl: there is no row in it"),
         "extension": (
-            file("a.csv", "x"),
+            file("a.pdf", "x"),
             {},
-            "a.csv', a file of an unknown kind; allowed: .parquet, .jsonl, .txt",
+            "a.pdf', a file of an unknown kind; allowed: .parquet, .jsonl, .json, .csv, .txt, .md",
         ),
         "empty folder": (folder / "nothing", {}, "a folder without a data file in it; allowed: .parquet"),
         "column": (

@@ -31,10 +31,11 @@ def counter():
 
 
 def test_a_chain_of_variables():
-    text, variables = variable_tracking(7, "name", 4096)
+    text, variables = variable_tracking(7, "name", 4096, lambda text: len(text.split()))
     example, asked = text.split("\n\nMemorize and track")
     shown = re.findall(r"VAR ([A-Z]{3}) = ", example)
-    assert len(shown) == len(set(shown)) == 5 and example.endswith("they are: " + " ".join(shown))
+    assert len(shown) == len(set(shown)) == 5 and example.endswith("they are:  " + " ".join(shown))
+    assert len(example.split()) - 5 <= 500 < len(example.split()) - 5 + len(NOISE.split())
     head, context, question = asked.split("\n\n")[0], *asked.split("\n\n")[1].split("\nQuestion: ")
     assert head == " the chain(s) of variable assignment hidden in the following text."
     lines = context.split("\n")
@@ -42,17 +43,17 @@ def test_a_chain_of_variables():
     statements = [line for line in lines if line != NOISE]
     value = statements[0].split(" = ")[1]
     assert re.fullmatch(r"\d{5}", value) and statements[0] == f"VAR {variables[0]} = {value}"
-    assert statements[1:] == [f"VAR {b} = VAR {a}" for a, b in pairwise(variables)]
+    assert statements[1:] == [f"VAR {b} = VAR {a} " for a, b in pairwise(variables)]
     assert question == (
         f"Find all variables that are assigned the value {value} in the text above. Answer: According to the "
-        f"chain(s) of variable assignment in the text above, 5 variables are assigned the value {value}, they are:"
+        f"chain(s) of variable assignment in the text above, 5 variables are assigned the value {value}, they are: "
     )
-    assert variable_tracking(40, "name", 9).references == variables  # the same at every length
+    assert variable_tracking(40, "name", 9, len).references == variables  # the same at every length
 
 
 @pytest.mark.parametrize(("length", "units", "often", "seldom"), [(4095, 60, 6, 1), (4096, 90, 30, 3)])
 def test_common_words_are_as_often_as_ruler_writes_them(length, units, often, seldom):
-    text, common = common_words(units, "name", length)
+    text, common = common_words(units, "name", length, len)
     assert len(set(common)) == 10
     example, asked = text.split("\nBelow is a numbered list of words. ")
     assert example.endswith("are: 1. " + example.rsplit("are: 1. ", 1)[1]) and example.count(" 10. ") >= 2
@@ -66,10 +67,11 @@ def test_common_words_are_as_often_as_ruler_writes_them(length, units, often, se
 
 
 def test_coded_words_follow_zipfs_law():
-    text, references = frequent_words(1000, "name", 2048)
+    text, references = frequent_words(1000, "name", 2048, len)
     words = text.split("coded words. ")[1].split("\nQuestion: ")[0].split(" ")
     counts = Counter(words).most_common()
     zeta = sum(r**-2.0 for r in range(1, 200_000))
+    assert len(counts) <= (2048 - 50) // 50
     assert counts[0][0] == "..." and [word for word, _ in counts[1:4]] == list(references)
     for rank, (word, count) in enumerate(counts[:20], 1):
         assert count == int(1000 / zeta / rank**2 + 1e-4)
@@ -79,7 +81,7 @@ def test_coded_words_follow_zipfs_law():
 @pytest.mark.parametrize("name", TASKS)
 def test_the_smallest_sample_has_an_answer(name):
     task = RULER_TASKS[name]
-    text, references = task.write(task.least, "name", 1024)
+    text, references = task.write(task.least, "name", 1024, len)
     assert all(reference in text for reference in references)
     if name == "fwe":  # no two of the first four are as frequent as each other
         counts = [text.split("\nQuestion")[0].count(word) for word in references]

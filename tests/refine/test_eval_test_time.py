@@ -13,7 +13,7 @@ from refine.data.document import stable_hash
 from refine.evaluation.prompt_training import PromptTrainer, Snapshot
 from refine.method import next_token_targets
 from refine.models.head import NextTokenLoss
-from refine.prepare import OptimizerSettings
+from refine.shared_settings import OptimizerSettings
 from refine_kernels.linear_logprob import mix_seeds
 from tests.refine.tiny import FAMILIES, VOCABULARY, tiny_model
 

@@ -13,8 +13,13 @@ import refine.eval
 from refine import RefineConfig
 from refine.data.recall_documents import RecallItem
 from refine.data.stream import Batch
-from refine.evaluation.held_out import evaluate_held_out
-from refine.evaluation.recall import evaluate_copying, evaluate_recall
+from refine.evaluation.held_out import evaluate_held_out, held_out_by_document
+from refine.evaluation.recall import (
+    answered_greedily,
+    evaluate_copying,
+    evaluate_recall,
+    needle_rows,
+)
 from refine.prepare import packaged_model
 from tests.refine.tiny import ragged_batch, tiny_model
 
@@ -39,6 +44,11 @@ def test_held_out_numbers_by_hand():
     together = evaluate_held_out(model, both, RefineConfig(num_chunks=2), seed=1)
     for name, value in result.items():
         assert together[name] == pytest.approx(value, rel=1e-5), name
+    each = [evaluate_held_out(model, [batch], RefineConfig(num_chunks=2), seed=1) for batch in batches]
+    by_document, intervals = held_out_by_document(model, batches, RefineConfig(num_chunks=2), seed=1)
+    assert by_document["eval_cosine_by_sequence"] == [one["eval_cosine"] for one in each]
+    assert by_document["eval_cosine"] == pytest.approx(result["eval_cosine"])
+    assert intervals["eval_cosine"][0] <= by_document["eval_cosine"] <= intervals["eval_cosine"][1]
     with pytest.raises(ValueError, match="no held-out text"):
         evaluate_held_out(model, [], RefineConfig())
 
@@ -114,13 +124,15 @@ def test_eval_says_what_is_wrong(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_packaged_model_is_small_and_better_than_chance():
+def test_the_packaged_model_is_small_and_finds_needles():
     folder = packaged_model()
     assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
     model = refine.load_model(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = evaluate_copying(model, len(tokenizer), 48, 16)
-    assert found["copy_accuracy"] > 10 * found["copy_chance"]
+    assert found["copy_accuracy"] > 2 * found["copy_chance"]
+    for task in ("niah_single_1", "niah_single_2", "niah_multikey_1"):
+        assert sum(answered_greedily(model, needle_rows(tokenizer, task, 512, 8))) > 4, task
     text = "The grass is green and the sky is blue. " * 10
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     assert model(ids, labels=ids).loss < 3

@@ -58,9 +58,28 @@ def test_language_model_matches_the_public_implementation(golden_dir):
         assert_close(parameter.grad, golden["fp32/param_grads"][name], 1e-5, name)
 
 
+PUBLISHED = {
+    "w0_w2_low_rank": 32,
+    "rope_theta": 1e6,
+}  # what the 760M's config.json sets apart from the defaults
+
+
+def test_a_hand_written_configuration_means_the_public_classs_model(tmp_path):
+    """Defaults are those of the public class; a saved configuration holds its values, whatever the defaults are."""
+    config = LaCTConfig()
+    assert (config.w0_w2_low_rank, config.rope_theta) == (-1, 1e4)
+    for given in ({}, PUBLISHED):
+        LaCTConfig(**given).save_pretrained(tmp_path)
+        kept = json.loads((tmp_path / "config.json").read_text())
+        wanted = (given.get("w0_w2_low_rank", -1), given.get("rope_theta", 1e4))
+        assert (kept["w0_w2_low_rank"], kept["rope_theta"]) == wanted
+        loaded = LaCTConfig.from_pretrained(tmp_path)
+        assert (loaded.w0_w2_low_rank, loaded.rope_theta) == wanted
+
+
 def test_published_checkpoint_has_these_tensors():
     with torch.device("meta"):
-        model = LaCTForCausalLM(LaCTConfig())
+        model = LaCTForCausalLM(LaCTConfig(**PUBLISHED))
     names = dict(model.named_parameters())
     assert len(names) == 507
     assert sum(p.numel() for p in names.values()) == 797_625_312
@@ -171,7 +190,7 @@ def test_branches_share_their_parent_and_own_little():
 
 def test_bytes_of_a_branch_at_the_published_size():
     """Five tokens cost a branch under 5 MB over 24 layers, in float32 too; here one layer is run."""
-    config = LaCTConfig(num_hidden_layers=1, vocab_size=64, intermediate_size=64)
+    config = LaCTConfig(**PUBLISHED, num_hidden_layers=1, vocab_size=64, intermediate_size=64)
     model = LaCTForCausalLM(config).eval()
     with torch.no_grad():
         trace = model(torch.zeros(1, 30, dtype=torch.int64), state_stride=64).trace

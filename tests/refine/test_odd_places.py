@@ -15,14 +15,9 @@ from refine.files import why
 from refine.prepare import packaged_model
 from refine.settings import SettingsError
 from refine.training.parallel import join_world
-from tests.refine.runs import run, write_text
+from tests.refine.runs import run
 
 COPYING = ["--tasks", "copying", "--samples", "2"]
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("data") / "text.jsonl")
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 from refine.data.document import DataError
 from refine.data.pairs import PairColumns, training_pairs
 from refine.data.stream import DataConfig
-from refine.prepare import ModelSettings, load_model_and_tokenizer, packaged_model
+from refine.prepare import load_model_and_tokenizer, packaged_model
+from refine.shared_settings import ModelSettings
 from refine.training.parallel import World
 from refine.training.phases import Phase
 from refine.training.settings import TrainSettings

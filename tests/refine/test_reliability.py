@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import random
 import shutil
 import subprocess
@@ -29,15 +28,6 @@ SETTINGS = {
     "sample_steps": 10,
     "shuffle_buffer": 8,
 }
-
-
-@pytest.fixture
-def text_file(tmp_path) -> Path:
-    """Documents of a few hundred tokens each."""
-    path = tmp_path / "text.jsonl"
-    texts = (f"Document {i}. " + "The grass is green and the sky is blue. " * (20 + i) for i in range(30))
-    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    return path
 
 
 def start(config: Path, *arguments: str) -> subprocess.Popen:

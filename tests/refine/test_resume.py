@@ -10,21 +10,12 @@ import pytest
 import torch
 import yaml
 
-import refine.train as training
 from refine.training import checkpoint
 from refine.training.resume import FIXED
 from refine.training.tracking import Tracker, read_metrics
 from tests.refine.runs import checkpoints, run, same_weights, spoil_weights, steps, write_text
 
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    monkeypatch.setattr(training, "draw_plots", lambda folder: [])
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("data") / "text.jsonl")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")

@@ -10,23 +10,15 @@ import sys
 
 import pytest
 
-import refine.train as training
 from refine.files import LOCK, FolderInUse, owned
 from refine.training import checkpoint
 from refine.training.run_folder import MARK, RunFolder
-from tests.refine.runs import arguments, checkpoints, run, same_weights, steps, write_text
+from tests.refine.runs import arguments, checkpoints, run, same_weights, steps
 
 FOREIGN = ("checkpoint-old", "checkpoint-thesis-2019", "final", "samples", "tensorboard", "my.partial")
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    monkeypatch.setattr(training, "draw_plots", lambda folder: [])
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("data") / "text.jsonl")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")

@@ -22,15 +22,7 @@ from refine.training import checkpoint, phases, tracking
 from refine.training.tracking import Tracker, read_metrics
 from tests.refine.runs import checkpoints, run, spoil_weights, steps, weights, write_text
 
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    monkeypatch.setattr(training, "draw_plots", lambda folder: [])
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("data") / "text.jsonl")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +58,7 @@ def whole(folder) -> bool:
 def test_a_signal_in_the_closing_evaluation_loses_nothing(
     tmp_path, text_file, stop, save_steps, monkeypatch, capsys
 ):
-    original, calls = training.evaluate_held_out, []
+    original, calls = training.held_out_by_document, []
 
     def evaluate(*arguments, **given):
         calls.append(1)
@@ -74,7 +66,7 @@ def test_a_signal_in_the_closing_evaluation_loses_nothing(
             raise stop
         return original(*arguments, **given)
 
-    monkeypatch.setattr(training, "evaluate_held_out", evaluate)
+    monkeypatch.setattr(training, "held_out_by_document", evaluate)
     code = run(tmp_path, text_file, max_steps=6, save_steps=save_steps, eval_samples=2)
     assert code == (130 if stop is KeyboardInterrupt else 143)
     said = capsys.readouterr().err
@@ -389,7 +381,7 @@ def test_a_reward_that_changes_its_inputs_changes_nothing(tmp_path, text_file, m
 
 def test_torn_lines_at_the_end_are_no_lines(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st')
-    assert tracking._split(tmp_path / "metrics.jsonl") == ([{"step": 1}], [])
+    assert tracking.split_metrics(tmp_path / "metrics.jsonl") == ([{"step": 1}], [])
 
 
 def test_a_signal_with_the_last_update_saves_and_leaves_the_evaluation_for_later(

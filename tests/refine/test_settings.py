@@ -130,7 +130,8 @@ def test_files_that_cannot_be_are_named(tmp_path, text, message):
 def test_an_empty_file_means_the_defaults(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("")
-    assert parse_settings(["--config", str(path)]) == TrainSettings()
+    assert parse_settings(["--config", str(path)]) == parse_settings([])
+    assert parse_settings(["--config", str(path), "--model", "x"]) == TrainSettings(model_name_or_path="x")
 
 
 def test_help_lists_every_setting(capsys):
@@ -174,12 +175,16 @@ def test_code_from_outside_is_named_before_it_runs(capsys):
     assert "importing no.such.module, code from outside" in capsys.readouterr().err
 
 
-def test_values_that_nobody_gave_are_told(tmp_path, capsys):
-    """A file that names only a data set takes the paper's rate and length, not the default job's."""
+def test_naming_only_a_data_set_changes_nothing_else(tmp_path, capsys):
+    """In a file as on the command line: without a model the default job's values apply, and are told."""
     path = tmp_path / "run.yaml"
     path.write_text("dataset_name_or_path: x.jsonl\n")
     settings = parse_settings(["--config", str(path)])
-    assert (settings.learning_rate, settings.max_length) == (1e-6, 16384)
-    assert "learning_rate=1e-06, max_length=16384: the paper's" in capsys.readouterr().out
-    parse_settings([])
+    assert "learning_rate=0.0001, max_length=2048 (the default job's" in capsys.readouterr().out
+    assert settings == parse_settings(["--dataset_name_or_path", "x.jsonl"])
+    assert (settings.learning_rate, settings.max_length) == (1e-4, 2048)
     assert capsys.readouterr().out == ""
+    path.write_text("model: y\n")
+    settings = parse_settings(["--config", str(path)])
+    assert (settings.learning_rate, settings.max_length) == (1e-6, 16384)
+    assert "learning_rate=1e-06, max_length=16384 (the paper's" in capsys.readouterr().out

@@ -65,6 +65,23 @@ def test_plots_show_what_there_is(tmp_path, monkeypatch):
     log.log(12, {"ntp_loss": float("nan")})
     log.close()
     assert [path.name for path in draw_plots(tmp_path)] == ["loss.png"]
+    log = tracker(tmp_path, 12)
+    for step in (13, 14, 15):
+        log.log(step, {"eval_cosine_by_sequence": [0.1 * step, 0.2, float("nan") if step == 14 else 0.3]})
+    log.close()
+    assert [path.name for path in draw_plots(tmp_path)] == ["loss.png", "held_out_reward.png"]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError):
         draw_plots(tmp_path)
+
+
+def test_the_project_of_wandb_can_be_chosen(tmp_path, monkeypatch):
+    chosen = []
+    fake = type(sys)("wandb")
+    fake.init = lambda project, **_: chosen.append(project)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    tracker(tmp_path, report_to=["wandb"]).close()
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    tracker(tmp_path, report_to=["wandb"]).close()
+    assert chosen == ["refine", "mine"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -34,17 +33,6 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    """Documents of a few hundred tokens each."""
-    path = tmp_path_factory.mktemp("data") / "text.jsonl"
-    lines = [
-        {"text": f"Document {i}. " + "The grass is green and the sky is blue. " * (20 + i)} for i in range(30)
-    ]
-    path.write_text("\n".join(json.dumps(line) for line in lines))
-    return path
-
-
 def command_line(output_dir, data, **changes) -> list[str]:
     settings = SMALL | {"output_dir": output_dir, "dataset_name_or_path": data} | changes
     return [
@@ -73,7 +61,7 @@ def test_a_run_writes_everything(tmp_path, text_file, phase, capsys):
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == [f"checkpoint-{i}" for i in (2, 4, 6)]
     assert (tmp_path / "loss.png").stat().st_size > 1000
     assert (tmp_path / "reward.png").exists() == (phase == "mid")
-    samples = sorted(p.name for p in (tmp_path / "samples").glob("*")) if phase == "mid" else []
+    samples = sorted(p.name for p in (tmp_path / "samples").glob("*.txt")) if phase == "mid" else []
     if phase == "mid":
         assert samples == ["step-000002.txt", "step-000004.txt", "step-000006.txt"]
         assert "truth   :" in (tmp_path / "samples" / samples[0]).read_text()
@@ -203,7 +191,7 @@ def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, text_file, monk
         ({"max_length": 8000, "min_length": 7000}, "min_length"),
         ({"model_type": None, "config_overrides": None, "model_name_or_path": "no/model"}, "no/model"),
         ({"model_type": "rnn"}, "model_type must be one of"),
-        ({"config_overrides": "vocab_size=100"}, "tokenizer has 4096 entries"),
+        ({"config_overrides": "vocab_size=100"}, "tokenizer has "),
         ({"config_overrides": "hidden_size=30,num_heads=4"}, "multiple of num_heads"),
         ({"tokenizer_name_or_path": "no/tokenizer"}, "no/tokenizer"),
         ({"device": "warp"}, "device 'warp'"),

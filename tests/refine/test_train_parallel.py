@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from refine.training import checkpoint
 from refine.training.tracking import read_metrics
 from tests.numerics import assert_close
-from tests.refine.test_train import command_line, run, text_file  # noqa: F401 (a fixture)
+from tests.refine.test_train import command_line, run
 
 SHORT = {"max_steps": 4, "learning_rate": 1e-3, "eval_samples": 2, "sample_steps": 2}
 SHORT |= {"gradient_accumulation_steps": 1}
@@ -54,14 +54,14 @@ def check_same(folder, other) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, text_file):  # noqa: F811
+def alone(tmp_path_factory, text_file):
     """What one process makes of the same global batch."""
     folder = tmp_path_factory.mktemp("alone")
     assert run(folder, text_file, **SHORT | {"gradient_accumulation_steps": 2}) == 0
     return folder
 
 
-def test_fsdp2_ends_where_one_process_ends_and_ddp_goes_on_from_its_shards(tmp_path, alone, text_file):  # noqa: F811
+def test_fsdp2_ends_where_one_process_ends_and_ddp_goes_on_from_its_shards(tmp_path, alone, text_file):
     sharded, resumed = tmp_path / "fsdp2", tmp_path / "ddp"
     torchrun(sharded, text_file, parallel="fsdp2")
     check_same(sharded, alone)
@@ -77,7 +77,7 @@ def test_fsdp2_ends_where_one_process_ends_and_ddp_goes_on_from_its_shards(tmp_p
 
 
 @pytest.mark.slow
-def test_ddp_ends_where_one_process_ends_and_fsdp2_goes_on_from_it(tmp_path, alone, text_file):  # noqa: F811
+def test_ddp_ends_where_one_process_ends_and_fsdp2_goes_on_from_it(tmp_path, alone, text_file):
     torchrun(tmp_path / "ddp", text_file, parallel="ddp")
     check_same(tmp_path / "ddp", alone)
     torchrun(tmp_path / "on", text_file, parallel="fsdp2", resume_from_checkpoint=alone / "checkpoint-2")
@@ -87,7 +87,7 @@ def test_ddp_ends_where_one_process_ends_and_fsdp2_goes_on_from_it(tmp_path, alo
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_from_shards(tmp_path, alone, text_file):  # noqa: F811
+def test_one_process_goes_on_from_shards(tmp_path, alone, text_file):
     torchrun(tmp_path / "fsdp2", text_file, parallel="fsdp2", gradient_checkpointing=True)
     resumed = {
         "gradient_accumulation_steps": 2,
@@ -100,20 +100,20 @@ def test_one_process_goes_on_from_shards(tmp_path, alone, text_file):  # noqa: F
 
 
 @pytest.mark.slow
-def test_processes_that_share_documents_end_where_one_process_ends(tmp_path, alone, text_file):  # noqa: F811
+def test_processes_that_share_documents_end_where_one_process_ends(tmp_path, alone, text_file):
     changes = {"parallel": "context", "segment_length": 64, "gradient_accumulation_steps": 2}
     torchrun(tmp_path / "context", text_file, **changes)
     check_same(tmp_path / "context", alone)
 
 
 @pytest.mark.parametrize("phase", ["mid", "sft"])
-def test_a_run_by_segments_is_the_run(tmp_path, text_file, phase):  # noqa: F811
+def test_a_run_by_segments_is_the_run(tmp_path, text_file, phase):
     for name, length in (("whole", None), ("segments", 64)):
         assert run(tmp_path / name, text_file, phase=phase, segment_length=length, **SHORT) == 0
     check_same(tmp_path / "segments", tmp_path / "whole")
 
 
-def test_a_lost_shard_or_torn_weights_are_passed_over(tmp_path, text_file, capsys):  # noqa: F811
+def test_a_lost_shard_or_torn_weights_are_passed_over(tmp_path, text_file, capsys):
     assert run(tmp_path, text_file, max_steps=4) == 0
     weights = tmp_path / "checkpoint-4" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from refine.evaluation.metrics import (
     TREC_CLASSES,
+    check_rouge,
     classification_accuracy,
     edit_similarity,
     first_line,
@@ -45,6 +46,9 @@ LONGBENCH_TASKS = {
     "lcc": LongBenchTask(edit_similarity, 64),
     "repobench-p": LongBenchTask(edit_similarity, 64),
 }
+QUESTIONS = tuple(
+    name for name, task in LONGBENCH_TASKS.items() if task.metric is token_f1 and not task.first_line
+)
 LEFT_OUT = ("musique", "gov_report")  # of the paper's average
 PREFIX = "longbench_"
 
@@ -58,6 +62,7 @@ def longbench_items(
     tasks: Sequence[str],
     samples: int | None = None,
     max_prompt_length: int | None = None,
+    add_bos_token: bool = True,
     setting: str = "longbench_files",
 ) -> list[Item]:
     """The questions of these files for the tasks named (as in :data:`LONGBENCH_TASKS`).
@@ -65,7 +70,15 @@ def longbench_items(
     Rows of a known task that is not named are passed over; a row of an unknown one is a bad row. ``max_gen_tokens``
     and ``all_classes`` of a row go before the task's own. See :func:`refine.evaluation.tasks.qa.qa_items` for the
     rest.
+
+    Raises:
+        ValueError: see there; or a task needs a package that is not installed.
     """
+    if any(LONGBENCH_TASKS[task].metric is rouge_l for task in tasks):
+        try:
+            check_rouge()
+        except ImportError as error:
+            raise ValueError(str(error)) from error
     items, taken = [], dict.fromkeys(tasks, 0)
     for row in read_rows(paths, setting, columns, bad):
         if row.task not in LONGBENCH_TASKS:
@@ -78,10 +91,11 @@ def longbench_items(
                     key=f"{PREFIX}{row.task}/{row.key}",
                     task=f"{PREFIX}{row.task}",
                     length=None,
-                    score=_score(row),
+                    score=longbench_score(row),
                     max_new_tokens=new_tokens or LONGBENCH_TASKS[row.task].new_tokens,
-                    make=lambda row=row: make_prompt(row, tokenizer, max_prompt_length),
+                    make=lambda row=row: make_prompt(row, tokenizer, max_prompt_length, add_bos_token),
                     source=row.source,
+                    kind="question" if row.task in QUESTIONS else "document",
                 )
             )
     if not items:
@@ -89,7 +103,8 @@ def longbench_items(
     return items
 
 
-def _score(row: Row) -> Callable[[str, tuple[str, ...]], float]:
+def longbench_score(row: Row) -> Callable[[str, tuple[str, ...]], float]:
+    """The score of an answer to a row, given its references."""
     task = LONGBENCH_TASKS[row.task]
     extra = {}
     if task.metric is classification_accuracy:

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from refine.data.needles import HELD_OUT_WORDING
-from refine.evaluation.metrics import string_match_all
 from refine.evaluation.tasks.haystack import Cost, Essay, Haystack, Lines, Noise
-from refine.evaluation.tasks.item import Item, Prompt, encode
+from refine.evaluation.tasks.item import Prompt, SampleGenerator, encode
 from refine.evaluation.tasks.words import find_words
 
 if TYPE_CHECKING:
@@ -136,14 +135,14 @@ def _draw(kind: str, rng: random.Random) -> str:
 class TokenCounter:
     """Tokens by one tokenizer: exact for a prompt, approximate for a piece of one."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, add_bos_token: bool = True):
+        self.tokenizer, self.add_bos_token = tokenizer, add_bos_token
         self.cost: Cost = self._cost  # one object, by which an essay knows its costs again
         self._before = len(self._plain(["x"])[0])
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt."""
-        return encode(self.tokenizer, text)
+        return encode(self.tokenizer, text, self.add_bos_token)
 
     def _cost(self, pieces: Sequence[str]) -> list[int]:
         """What each piece adds after other text; never less than a token."""
@@ -156,7 +155,7 @@ class TokenCounter:
 
 
 @dataclass(frozen=True)
-class NiahGenerator:
+class NiahGenerator(SampleGenerator):
     """Samples of one task at one length.
 
     Attributes:
@@ -179,11 +178,6 @@ class NiahGenerator:
             )
 
     def make(self, index: int) -> Prompt:
-        """Sample ``index``.
-
-        Raises:
-            ValueError: not even the smallest haystack keeps within the length; names the least that does.
-        """
         draw, haystack, name = self._begin(index)
         budget = self.length - self.new_tokens
         fitting: dict[int, tuple[str, list[int]]] = {}  # units -> context, tokens; of the largest so far
@@ -197,48 +191,24 @@ class NiahGenerator:
 
         units = _largest(self._least_units, budget, tokens_with, haystack, self.counter.cost)
         if units is None:
-            raise ValueError(self._too_short(self.least_length(index)))
+            raise ValueError(self.too_short(self.least_length(index)))
         context, ids = fitting[units]
         references = tuple(value for i in draw.asked for value in draw.values[i])
         depths = tuple(_depth(context, value) for value in references)
         return Prompt(np.asarray(ids, np.int32), references, depths)
 
-    def least_length(self, index: int) -> int:
-        """The shortest length at which sample ``index`` can be made."""
+    def smallest(self, index: int) -> list[int]:
         draw, haystack, name = self._begin(index)
         context = haystack.context(self._least_units, draw.needles, random.Random(f"{name}/places"))
-        return (
-            len(self.counter.encode(write_prompt(self.task, draw, context, self.wording))) + self.new_tokens
-        )
+        return self.counter.encode(write_prompt(self.task, draw, context, self.wording))
 
-    def items(self, samples: int) -> list[Item]:
-        """The first ``samples`` samples.
+    @property
+    def task_name(self) -> str:
+        return self.task.name
 
-        Raises:
-            ValueError: the length is too short for one of them.
-        """
-        if self.length < 2 * self.least_length(0):  # else no sample can be too long
-            least = max(self.least_length(index) for index in range(samples))
-            if self.length < least:
-                raise ValueError(self._too_short(least))
-        return [
-            Item(
-                key=f"{self.task.name}/{self.length}/{index}",
-                task=self.task.name,
-                length=self.length,
-                score=string_match_all,
-                max_new_tokens=self.new_tokens,
-                make=lambda index=index: self.make(index),
-                source=f"{self.task.name} {index}",
-            )
-            for index in range(samples)
-        ]
-
-    def _too_short(self, least: int) -> str:
-        return (
-            f"length {self.length} is too short for {self.task.name}: the least is {least} tokens with this "
-            f"tokenizer, {self.new_tokens} of them for the answer"
-        )
+    @property
+    def answer_tokens(self) -> int:
+        return self.new_tokens
 
     @property
     def _least_units(self) -> int:

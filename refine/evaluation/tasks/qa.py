@@ -27,7 +27,9 @@ def qa_items(
     bad: BadRows,
     samples: int | None = None,
     tasks: Sequence[str] | None = None,
+    lengths: Sequence[int] = (),
     max_prompt_length: int | None = None,
+    add_bos_token: bool = True,
     setting: str = "ruler_qa_files",
 ) -> list[Item]:
     """The questions of these files, by task and by ``max_seq_length`` where rows have one.
@@ -36,7 +38,9 @@ def qa_items(
         bad: filled with the rows that are left out.
         samples: at most so many of each task and length; None: all.
         tasks: only rows of these; None: all.
+        lengths: only rows of these ``max_seq_length``; (): all.
         max_prompt_length: longer prompts are cut in the middle.
+        add_bos_token: prompts begin with what the tokenizer puts at a beginning.
 
     Raises:
         ValueError: a file or column is not there, or nothing is left.
@@ -46,6 +50,8 @@ def qa_items(
         if tasks is not None and row.task not in tasks:
             continue
         length = whole_number(row.values.get("max_seq_length"))
+        if lengths and length not in lengths:
+            continue
         taken[row.task, length] = taken.get((row.task, length), 0) + 1
         if samples is None or taken[row.task, length] <= samples:
             items.append(
@@ -55,18 +61,21 @@ def qa_items(
                     length=length,
                     score=string_match_part,
                     max_new_tokens=NEW_TOKENS,
-                    make=lambda row=row: make_prompt(row, tokenizer, max_prompt_length),
+                    make=lambda row=row: make_prompt(row, tokenizer, max_prompt_length, add_bos_token),
                     source=row.source,
+                    kind="question",
                 )
             )
     if not items:
-        raise ValueError(nothing_left(paths, setting, tasks, bad))
+        raise ValueError(nothing_left(paths, setting, [*(tasks or ()), *map(str, lengths)], bad))
     return items
 
 
-def make_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int | None) -> Prompt:
+def make_prompt(
+    row: Row, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int | None, add_bos_token: bool = True
+) -> Prompt:
     """A row's prompt, within the limit."""
-    ids = encode(tokenizer, row.prompt)
+    ids = encode(tokenizer, row.prompt, add_bos_token)
     kept = ids if max_prompt_length is None else cut_middle(ids, max_prompt_length)
     return Prompt(np.asarray(kept, np.int32), row.references, cut=len(kept) < len(ids))
 

@@ -1,4 +1,4 @@
-"""Prompts and references from .jsonl and .parquet files that a user names: the good rows, and what is wrong
+"""Prompts and references from files of rows that a user names: the good rows, and what is wrong
 with the others."""
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from refine.data.document import BadRow
-from refine.data.rows import KINDS, all_rows
+from refine.data.rows import ROW_KINDS, all_rows, is_file_of_rows, split_of
 
-_ORDER = sorted(KINDS)  # .jsonl, .parquet
+_ALLOWED = ", ".join(ROW_KINDS)
 _ANSWER_COLUMNS = ("answers", "answer", "outputs")  # the first that a file has
 _SHOWN = 5
 
@@ -66,8 +66,10 @@ class BadRows:
 def read_rows(paths: Sequence[str], setting: str, columns: Columns, bad: BadRows) -> Iterator[Row]:
     """The good rows of files and folders, in the order given; the others are noted in ``bad``.
 
+    Of a folder, files whose names say that they are to train on are passed over.
+
     Raises:
-        ValueError: a file is not there, cannot be read, or lacks a column.
+        ValueError: a file is not there, cannot be read, lacks a column, or is one to train on.
     """
     for number, path in enumerate(_files(paths, setting)):
         rows = list(all_rows(path))
@@ -111,14 +113,19 @@ def _files(paths: Sequence[str], setting: str) -> list[Path]:
     for name in paths:
         path = Path(name).expanduser()
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in _ORDER)
+            inside = sorted(file for file in path.iterdir() if is_file_of_rows(file))
+            inside = [file for file in inside if split_of(file) != "train"]
             if not inside:
-                raise ValueError(f"{setting}: the folder {name!r} holds no {' or '.join(_ORDER)} file")
+                raise ValueError(
+                    f"{setting}: the folder {name!r} holds no file of rows ({_ALLOWED}) but those to train on"
+                )
             found += inside
         elif not path.is_file():
             raise ValueError(f"{setting}: there is no file {name!r}")
-        elif path.suffix.lower() not in _ORDER:
-            raise ValueError(f"{setting} takes {' and '.join(_ORDER)} files, got {name!r}")
+        elif not is_file_of_rows(path):
+            raise ValueError(f"{setting} takes {_ALLOWED} files, got {name!r}")
+        elif split_of(path) == "train":
+            raise ValueError(f"{setting}: {name!r} says that its rows are to train on; they are never scored")
         else:
             found.append(path)
     return found

@@ -4,7 +4,8 @@ generators of our own.
 The settings are those of RULER's benchmark: one chain of four hops in the noise of the needle tasks (``vt``); ten
 words 30 times each among others of 3 times, and, under 4,096 tokens, 6 times among others of once (``cwe``); coded
 words after Zipf's law with exponent 2, the first of which is dots (``fwe``). ``vt`` and ``cwe`` show an example
-first. Each sample follows from the task, the seed, the index and the tokenizer alone, and is the largest that
+first. ``cwe`` draws from the words of :mod:`~refine.evaluation.tasks.words`; where RULER goes on to a larger list,
+it ends. Each sample follows from the task, the seed, the index and the tokenizer alone, and is the largest that
 keeps within its length.
 """
 
@@ -19,9 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refine.evaluation.metrics import string_match_all
 from refine.evaluation.tasks.haystack import NOISE
-from refine.evaluation.tasks.item import Item, Prompt
+from refine.evaluation.tasks.item import Prompt, SampleGenerator
 from refine.evaluation.tasks.niah import TokenCounter
 from refine.evaluation.tasks.words import find_words
 
@@ -30,6 +30,10 @@ HOPS = 4
 COMMON_WORDS = 10
 ALPHA = 2.0  # of Zipf's law
 CODED_LETTERS = 6
+FREQUENT_TOKENS = 50  # of the answer
+EXAMPLE_TOKENS, EXAMPLE_LINES = 500, 5  # of the example of vt: the most, and the fewest
+
+Count = Callable[[str], int]  # tokens of a text
 
 _TRACKING = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
@@ -57,11 +61,17 @@ class Sample(NamedTuple):
     references: tuple[str, ...]
 
 
-def variable_tracking(units: int, name: str, length: int) -> Sample:
-    """A chain ``VAR B = VAR A`` of :data:`HOPS` hops hidden in ``units`` lines of noise, after a short example."""
-    example = _chain(Random(f"{name}/example"), units=10, letters=3)
+def variable_tracking(units: int, name: str, length: int, count: Count) -> Sample:
+    """A chain ``VAR B = VAR A`` of :data:`HOPS` hops hidden in ``units`` lines of noise, after an example of up to
+    500 tokens."""
+
+    def example_of(lines: int) -> Sample:
+        return _chain(Random(f"{name}/example"), lines, letters=3)
+
+    lines = largest_that_fits(EXAMPLE_LINES, EXAMPLE_TOKENS, lambda lines: count(example_of(lines).text))
+    example = example_of(lines or EXAMPLE_LINES)
     asked = _chain(Random(name), units, letters=5)
-    return Sample(f"{example.text}{' '.join(example.references)}\n\n{asked.text}".rstrip(), asked.references)
+    return Sample(f"{example.text} {' '.join(example.references)}\n\n{asked.text}", asked.references)
 
 
 def _chain(rng: Random, units: int, letters: int) -> Sample:
@@ -70,7 +80,7 @@ def _chain(rng: Random, units: int, letters: int) -> Sample:
         names["".join(rng.choices(string.ascii_uppercase, k=letters))] = None
     variables, value = list(names), str(rng.randint(10_000, 99_998))
     statements = [f"VAR {variables[0]} = {value}"]
-    statements += [f"VAR {new} = VAR {old}" for old, new in pairwise(variables)]
+    statements += [f"VAR {new} = VAR {old} " for old, new in pairwise(variables)]
     lines = [NOISE] * units
     places = sorted(rng.sample(range(units), len(statements)))
     for number, (place, statement) in enumerate(zip(places, statements)):
@@ -79,7 +89,7 @@ def _chain(rng: Random, units: int, letters: int) -> Sample:
     return Sample(text, tuple(variables))
 
 
-def common_words(units: int, name: str, length: int) -> Sample:
+def common_words(units: int, name: str, length: int, count: Count) -> Sample:
     """A numbered list of ``units`` different words, ten of them often, after a short example of the same kind."""
     short = length < 4096
     often, seldom = (6, 1) if short else (30, 3)
@@ -100,14 +110,14 @@ def _word_list(rng: Random, units: int, often: int, seldom: int) -> Sample:
 
 def _all_words() -> list[str]:
     words = find_words()
-    return sorted({*words.adjectives, *words.nouns})
+    return sorted({*words.adjectives, *words.nouns, *words.verbs})
 
 
-def frequent_words(units: int, name: str, length: int) -> Sample:
+def frequent_words(units: int, name: str, length: int, count: Count) -> Sample:
     """About ``units`` coded words, the r-th of the vocabulary ``units / (zeta(2) r^2)`` times; dots come first."""
     rng = Random(name)
     coded: dict[str, None] = {}
-    while len(coded) < max(10, length // 50):
+    while len(coded) < max(10, (length - FREQUENT_TOKENS) // 50):
         coded["".join(rng.choices(string.ascii_lowercase, k=CODED_LETTERS))] = None
     vocabulary = ["...", *list(coded)[1:]]
     zeta = np.pi**2 / 6  # of ALPHA = 2
@@ -122,13 +132,13 @@ class RulerTask:
     """A generated task.
 
     Attributes:
-        write: (units, the sample's name, length) -> the sample with so many units of context.
+        write: (units, the sample's name, length, tokens of a text) -> the sample with so many units of context.
         least: units of the smallest sample.
         most: units of the largest, where there are so many; None: any number.
         new_tokens: of the answer.
     """
 
-    write: Callable[[int, str, int], Sample]
+    write: Callable[[int, str, int, Count], Sample]
     least: int
     new_tokens: int
     most: Callable[[], int] | None = None
@@ -137,19 +147,14 @@ class RulerTask:
 RULER_TASKS = {
     "vt": RulerTask(variable_tracking, least=HOPS + 1, new_tokens=30),
     "cwe": RulerTask(common_words, least=COMMON_WORDS + 1, new_tokens=120, most=lambda: len(_all_words())),
-    "fwe": RulerTask(
-        frequent_words, least=60, new_tokens=50
-    ),  # the three most frequent differ in number from 60 on
+    # from 60 units on the three most frequent words differ in number
+    "fwe": RulerTask(frequent_words, least=60, new_tokens=FREQUENT_TOKENS),
 }
 
 
 @dataclass(frozen=True)
-class RulerGenerator:
-    """Samples of one task at one length.
-
-    Attributes:
-        length: tokens of the prompt and of the answer together.
-    """
+class RulerGenerator(SampleGenerator):
+    """Samples of one task at one length."""
 
     name: str
     counter: TokenCounter
@@ -160,12 +165,15 @@ class RulerGenerator:
     def task(self) -> RulerTask:
         return RULER_TASKS[self.name]
 
-    def make(self, index: int) -> Prompt:
-        """Sample ``index``.
+    @property
+    def task_name(self) -> str:
+        return self.name
 
-        Raises:
-            ValueError: not even the smallest keeps within the length; names the least that does.
-        """
+    @property
+    def answer_tokens(self) -> int:
+        return self.task.new_tokens
+
+    def make(self, index: int) -> Prompt:
         budget = self.length - self.task.new_tokens
         fitting: dict[int, tuple[Sample, list[int]]] = {}
 
@@ -178,46 +186,17 @@ class RulerGenerator:
         most = self.task.most() if self.task.most else None
         units = largest_that_fits(self.task.least, budget, tokens_with, most)
         if units is None:
-            raise ValueError(self._too_short(self.least_length(index)))
+            raise ValueError(self.too_short(self.least_length(index)))
         sample, ids = fitting[units]
         return Prompt(np.asarray(ids, np.int32), sample.references)
 
-    def least_length(self, index: int) -> int:
-        """The shortest length at which sample ``index`` can be made."""
-        return len(self._write(self.task.least, index)[1]) + self.task.new_tokens
-
-    def items(self, samples: int) -> list[Item]:
-        """The first ``samples`` samples.
-
-        Raises:
-            ValueError: the length is too short for one of them.
-        """
-        if self.length < 2 * self.least_length(0):  # else no sample can be too long
-            least = max(self.least_length(index) for index in range(samples))
-            if self.length < least:
-                raise ValueError(self._too_short(least))
-        return [
-            Item(
-                key=f"{self.name}/{self.length}/{index}",
-                task=self.name,
-                length=self.length,
-                score=string_match_all,
-                max_new_tokens=self.task.new_tokens,
-                make=lambda index=index: self.make(index),
-                source=f"{self.name} {index}",
-            )
-            for index in range(samples)
-        ]
+    def smallest(self, index: int) -> list[int]:
+        return self._write(self.task.least, index)[1]
 
     def _write(self, units: int, index: int) -> tuple[Sample, list[int]]:
-        sample = self.task.write(units, f"ruler/{self.name}/{self.seed}/{index}", self.length)
+        name = f"ruler/{self.name}/{self.seed}/{index}"
+        sample = self.task.write(units, name, self.length, lambda text: len(self.counter.encode(text)))
         return sample, self.counter.encode(sample.text)
-
-    def _too_short(self, least: int) -> str:
-        return (
-            f"length {self.length} is too short for {self.name}: the least is {least} tokens with this tokenizer, "
-            f"{self.task.new_tokens} of them for the answer"
-        )
 
 
 def largest_that_fits(

@@ -21,6 +21,7 @@ class Words(NamedTuple):
     adjectives: tuple[str, ...]
     nouns: tuple[str, ...]
     source: str
+    verbs: tuple[str, ...] = ()  # for lists of words; in no name
 
     def draw(self, rng) -> str:
         """One name: every pair of an adjective and a noun is equally likely."""
@@ -34,9 +35,10 @@ def find_words() -> Words:
     if package is not None and package.origin:
         folder = Path(package.origin).parent / "assets"
         try:
-            adjectives, nouns = (_lines(folder / f"{kind}list.txt") for kind in ("adjective", "noun"))
+            kinds = ("adjective", "noun", "verb")
+            adjectives, nouns, verbs = (_lines(folder / f"{kind}list.txt") for kind in kinds)
             if adjectives and nouns:
-                return Words(adjectives, nouns, "the package wonderwords")
+                return Words(adjectives, nouns, "the package wonderwords", verbs)
         except OSError:  # another layout of the package
             pass
     return Words(tuple(ADJECTIVES), tuple(NOUNS), "the lists of this package")
