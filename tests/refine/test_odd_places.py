@@ -241,4 +241,4 @@ def test_the_default_job_is_what_help_shows(capsys):
     with pytest.raises(SystemExit):
         training.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "(default: 16384; without --config and --model_name_or_path: 2048)" in shown
+    assert "(default: 16384; 2048 where no model is named)" in shown

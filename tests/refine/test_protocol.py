@@ -21,8 +21,9 @@ from refine.evaluation.prompt_training import PromptTrainer
 from refine.evaluation.settings import EvalSettings
 from refine.evaluation.tasks.item import Item, Prompt, encode
 from refine.evaluation.tasks.rows import BadRows, Columns, read_rows
-from refine.prepare import OptimizerSettings, packaged_model
+from refine.prepare import packaged_model
 from refine.settings import SettingsError
+from refine.shared_settings import OptimizerSettings
 from refine.training.parallel import World
 from refine.training.phases import Phase
 from refine.training.settings import TrainSettings
