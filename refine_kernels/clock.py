@@ -36,7 +36,6 @@ SPEEDS = {
     "sm_86": Speed(1.74, 0.70, 128, 100 << 10, 48, 64),
     "sm_89": Speed(2.52, 0.86, 128, 100 << 10, 48, 64),
     "sm_90": Speed(1.755, 3.35, 512, 228 << 10, 64, 2),
-    "sm_100": Speed(1.85, 8.0, 1024, 228 << 10, 64, 2),
     "sm_120": Speed(2.41, 1.79, 64, 100 << 10, 48, 64),
 }
 # Cycles for which an instruction of one warp occupies its scheduler's share of a pipe

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jinja2
 import numpy as np
 import torch
 
@@ -34,6 +35,7 @@ class Prompt(NamedTuple):
     key: int  # int64: a hash of the source's name and the row's number
     ids: np.ndarray  # [P] int32
     text: str
+    given: str | list[dict[str, str]]  # as its row has it: a text, or the messages of a chat
     columns: dict[str, Any]  # the row without its prompt
 
 
@@ -45,6 +47,12 @@ class PromptBatch(NamedTuple):
     keys: torch.Tensor  # [B] int64
     texts: list[str]
     columns: dict[str, list[Any]]  # a list of B values each; None where a row has no such column
+    given: list[str | list[dict[str, str]]] | None = None  # texts, or chats that became texts
+
+    @property
+    def prompts(self) -> list[str | list[dict[str, str]]]:
+        """The prompts as rewards get them: texts, or the messages of a chat."""
+        return self.texts if self.given is None else self.given
 
     def to(self, device: torch.device | str) -> PromptBatch:
         return PromptBatch(*(tensor.to(device) for tensor in self[:3]), *self[3:])
@@ -89,12 +97,15 @@ def _read(config: DataConfig, column: str, tokenizer, split: str) -> tuple[list[
         source, rows = str(name), _from_file(Path(name).expanduser(), column, counts)
     divided = given is None and config.eval_dataset_name_or_path is None and name not in GENERATED
     prompts: list[Prompt] = []
-    for number, text, columns in rows:
+    for number, given_prompt, columns in rows:
         key = stable_hash(f"{Path(source).name}:{number}")
         if divided and is_held_out(key, number == 1, config.eval_fraction) != (split == "held_out"):
             continue
         try:
-            ids = encode(text)
+            text, is_chat = _as_text(given_prompt, tokenizer)
+            ids = encode(text, False) if is_chat else encode(text)
+        except DataError:
+            raise
         except (TypeError, ValueError, OverflowError) as error:  # lone surrogates, say
             _leave_out(counts, number, source, f"the tokenizer refuses it ({first_line(error)})")
             continue
@@ -103,7 +114,7 @@ def _read(config: DataConfig, column: str, tokenizer, split: str) -> tuple[list[
             continue
         counts.cut_prompts += len(ids) > config.max_length
         ids = cut_middle(ids, config.max_length)
-        prompts.append(Prompt(key - 2**63, np.asarray(ids, np.int32), text, columns))
+        prompts.append(Prompt(key - 2**63, np.asarray(ids, np.int32), text, given_prompt, columns))
     counts.documents = len(prompts)
     return prompts, counts, pad_id
 
@@ -126,7 +137,7 @@ def _from_file(path: Path, column: str, counts: DataCounts) -> Iterator[tuple[in
         else:
             names |= row.keys()
             text = row.get(column)
-            fault = None if isinstance(text, str) and text.strip() else f"no text in column {column!r}"
+            fault = None if _is_prompt(text) else f"no text and no messages in column {column!r}"
         if fault is None:
             good.append((number, text, {name: value for name, value in row.items() if name != column}))
         else:
@@ -134,6 +145,32 @@ def _from_file(path: Path, column: str, counts: DataCounts) -> Iterator[tuple[in
     if names and column not in names:
         raise DataError(f"{path} has no column {column!r}; it has {', '.join(sorted(names))}")
     yield from good
+
+
+def _is_prompt(given: Any) -> bool:
+    """Whether it is a text, or the messages of a chat."""
+    if isinstance(given, str):
+        return bool(given.strip())
+    return (
+        isinstance(given, list)
+        and bool(given)
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in given
+        )
+    )
+
+
+def _as_text(given: str | list[dict[str, str]], tokenizer) -> tuple[str, bool]:
+    """The text of a prompt; messages by the tokenizer's chat template, up to where the answer begins."""
+    if isinstance(given, str):
+        return given, False
+    if tokenizer.chat_template is None:
+        raise DataError("prompts are messages, but the tokenizer has no chat template: give them as texts")
+    try:
+        return tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True), True
+    except jinja2.TemplateError as error:  # roles in an order that the template refuses
+        raise ValueError(f"chat template: {first_line(error)}") from error
 
 
 def _leave_out(counts: DataCounts, number: int, source: str | Path, fault: str) -> None:
@@ -145,4 +182,5 @@ def _collate(prompts: list[Prompt], pad_id: int) -> PromptBatch:
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
     columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
     texts = [prompt.text for prompt in prompts]
-    return PromptBatch(padded.input_ids, padded.attention_mask, padded.keys, texts, columns)
+    given = [prompt.given for prompt in prompts]
+    return PromptBatch(padded.input_ids, padded.attention_mask, padded.keys, texts, columns, given)

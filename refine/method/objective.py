@@ -101,11 +101,11 @@ def _soft_gate(ratio, logprobs, gain, config: RefineConfig):
 def _mean_of_sequences(x, counted, terms: LossTerms) -> torch.Tensor:
     if counted is None:
         return x.mean()
-    return (torch.where(counted, x, 0.0).sum((1, 2, 3)) / counted.sum((1, 2, 3))).mean()
+    return (torch.where(counted, x, 0.0).sum((1, 2, 3)) / counted.sum((1, 2, 3)).clamp(min=1)).mean()
 
 
 def _mean_of_tokens(x, counted, terms: LossTerms) -> torch.Tensor:
-    return x.mean() if counted is None else torch.where(counted, x, 0.0).sum() / counted.sum()
+    return x.mean() if counted is None else torch.where(counted, x, 0.0).sum() / counted.sum().clamp(min=1)
 
 
 def _mean_of_update(x, counted, terms: LossTerms) -> torch.Tensor:
@@ -140,7 +140,8 @@ class PolicyLoss:
         old_logprobs: torch.Tensor,  # [S, c, n, k] float32, of the policy that sampled
         advantages: torch.Tensor,  # [S, c, n]
         config: RefineConfig,
-        lengths: torch.Tensor | None = None,  # [S, c, n], tokens of each rollout that count; None: all k
+        lengths: torch.Tensor
+        | None = None,  # [S, c, n], tokens of each rollout that count (0: none); None: all k
         terms: LossTerms | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss, and the share of tokens that are clipped, mean over a sequence's tokens, then sequences."""
@@ -150,7 +151,7 @@ class PolicyLoss:
         log_ratio = logprobs - old_logprobs.detach()
         if self.of_rollouts:
             kept = log_ratio if counted is None else torch.where(counted, log_ratio, 0.0)
-            count = kept.shape[-1] if counted is None else lengths[..., None]
+            count = kept.shape[-1] if counted is None else lengths[..., None].clamp(min=1)
             log_ratio = kept.sum(-1, keepdim=True) / count
         gain = advantages.to(logprobs.dtype)[..., None]
         loss, clipped = self.token_loss(log_ratio.exp(), logprobs, gain, config)
@@ -179,6 +180,8 @@ def high_entropy(
     """The tokens with the highest entropies, as many as ``share`` of those that count (arXiv 2506.01939)."""
     counted = torch.ones_like(entropy, dtype=torch.bool) if counted is None else counted
     entropy = entropy.detach()
+    if not counted.any():
+        return counted
     return counted & (entropy >= torch.quantile(entropy[counted], 1 - share))
 
 
@@ -216,12 +219,18 @@ def clip_ratios(
     if config.objective not in OBJECTIVES or config.objective == "sapo":
         return {"clip_ratio/region_mean": clipped}
     if config.objective == "gspo":
-        log_ratio = torch.where(counted, log_ratio, 0.0).sum(1, keepdim=True) / counted.sum(1, keepdim=True)
-        counted = torch.ones_like(log_ratio, dtype=torch.bool)
+        length = counted.sum(1, keepdim=True)
+        log_ratio = torch.where(counted, log_ratio, 0.0).sum(1, keepdim=True) / length.clamp(min=1)
+        counted = length > 0
     ratio, gain = log_ratio.detach().exp(), advantages[:, None]
-    low = ((ratio < 1 - config.clip_range) & (gain < 0))[counted].float().mean()
-    high = ((ratio > 1 + config.upper_clip_range) & (gain > 0))[counted].float().mean()
+    low = mean_where((ratio < 1 - config.clip_range) & (gain < 0), counted)
+    high = mean_where((ratio > 1 + config.upper_clip_range) & (gain > 0), counted)
     return {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+
+
+def mean_where(x: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """The mean of ``x`` where ``counted`` [of its shape]; 0 where nothing is."""
+    return torch.where(counted, x, 0).sum() / counted.sum().clamp(min=1)
 
 
 def find_objective(name: str) -> Objective:

@@ -18,6 +18,7 @@ from refine.method.objective import (
     clip_ratios,
     group_advantages,
     kl_estimate,
+    mean_where,
     of_whole_update,
     policy_objective,
 )
@@ -36,6 +37,7 @@ class Group(NamedTuple):
 
     completion_ids: torch.Tensor  # [B, n, R] int64
     completion_mask: torch.Tensor  # [B, n, R] int64
+    counted: torch.Tensor  # [B, n, R] bool: tokens that the loss counts
     old_logprobs: torch.Tensor  # [B, n, R] float32, under the policy that sampled
     ref_logprobs: torch.Tensor | None  # [B, n, R] float32, with beta
     rewards: torch.Tensor  # [B, n] float32
@@ -59,10 +61,17 @@ class GroupPhase:
     def draw(self, mini_batches: list[list[PromptBatch]], step: int) -> list[list[Group]]:
         """The completions of every mini-batch by the policy as it is now."""
         with torch.no_grad(), self.precision():
-            return [
+            drawn = [
                 [self._draw(batch, step + number) for batch in mini_batch]
                 for number, mini_batch in enumerate(mini_batches)
             ]
+        if self.settings.scale_rewards == "batch":
+            std = self._std_of_rewards([group.rewards for groups in drawn for group in groups])
+            drawn = [
+                [group._replace(advantages=group.advantages / (std + 1e-6)) for group in groups]
+                for groups in drawn
+            ]
+        return drawn
 
     def update(
         self, mini_batch: list[PromptBatch], draws: list[Group], step: int
@@ -70,9 +79,10 @@ class GroupPhase:
         """One update over a mini-batch: its metrics, and its last groups."""
         world, count = self.world, len(mini_batch)
         tokens = world.total(sum(int(group.completion_mask.sum()) for group in draws))
+        counted = max(1, world.total(sum(int(group.counted.sum()) for group in draws)))
 
         def loss_of(batch: PromptBatch, group: Group) -> tuple[torch.Tensor, dict[str, Any]]:
-            loss, found = self._loss(batch, group, tokens / world.size)
+            loss, found = self._loss(batch, group, counted / world.size)
             loss = loss if of_whole_update(self.settings.objective) else loss / count
             return loss, {name: value.detach() / count for name, value in found.items()} | {
                 "loss": loss.detach()
@@ -127,7 +137,18 @@ class GroupPhase:
             return [value for value in values for _ in range(n)]
 
         columns = {name: each(values) for name, values in batch.columns.items()}
-        return drawn, self.rewards(each(batch.texts), texts, ids, columns), texts
+        completions = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(each(batch.prompts), texts)
+        ]
+        return drawn, self.rewards(each(batch.prompts), completions, ids, columns), texts
+
+    def _std_of_rewards(self, rewards: list[torch.Tensor]) -> float:
+        """The unbiased standard deviation of the rewards of a draw, over all processes."""
+        x = torch.cat([x.flatten() for x in rewards]).double()
+        sums = {"count": float(x.numel()), "sum": x.sum().item(), "squares": x.square().sum().item()}
+        count, total, squares = (value * self.world.size for value in self.world.mean(sums).values())
+        return max(0.0, (squares - total**2 / count) / (count - 1)) ** 0.5
 
     def _draw(self, batch: PromptBatch, step: int) -> Group:
         settings = self.settings
@@ -135,7 +156,7 @@ class GroupPhase:
         shape = drawn.completion_mask.shape[:2]
         rewards = self.rewards.total(each).view(shape).to(batch.input_ids.device)
         advantages = group_advantages(rewards[:, None])[:, 0]
-        if settings.scale_rewards == "none":
+        if settings.scale_rewards != "group":
             advantages = rewards - rewards.mean(1, keepdim=True)
         reference = None
         if self.reference is not None:
@@ -147,6 +168,9 @@ class GroupPhase:
             drawn.completion_ids.gather(2, lengths.long()[..., None] - 1)[..., 0]
             == self.tokenizer.eos_token_id
         )
+        counted = drawn.completion_mask.bool()
+        if settings.mask_truncated_completions:
+            counted = counted & whole[..., None]
         metrics = {
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(1).mean().item(),
@@ -161,8 +185,8 @@ class GroupPhase:
             metrics[f"rewards/{name}/mean"] = said.mean().item() if len(said) else 0.0
             metrics[f"rewards/{name}/std"] = said.std().item() if len(said) > 1 else 0.0
         return Group(
-            drawn.completion_ids, drawn.completion_mask, drawn.logprobs, reference, rewards, advantages, texts,
-            metrics,
+            drawn.completion_ids, drawn.completion_mask, counted, drawn.logprobs, reference, rewards, advantages,
+            texts, metrics,
         )  # fmt: skip
 
     def _logprobs(self, model, batch: PromptBatch, ids, mask, entropy: bool = False):
@@ -176,7 +200,7 @@ class GroupPhase:
         self, batch: PromptBatch, group: Group, total: float
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of one micro-batch: every completion is a sequence of one rollout to the objective."""
-        settings, counted = self.settings, group.completion_mask.bool().flatten(0, 1)  # [M, R]
+        settings, counted = self.settings, group.counted.flatten(0, 1)  # [M, R]
         found = self._logprobs(self.model, batch, group.completion_ids, group.completion_mask, entropy=True)
         logprobs = found.logprobs.flatten(0, 1)
         old = logprobs.detach() if self.on_policy else group.old_logprobs.flatten(0, 1)
@@ -189,10 +213,10 @@ class GroupPhase:
                 entropy=found.entropy.view(rows), total_tokens=total, longest=settings.max_completion_length,
             ),
         )  # fmt: skip
-        measures = {"entropy": found.entropy.flatten(0, 1)[counted].mean()}
+        measures = {"entropy": mean_where(found.entropy.flatten(0, 1), counted)}
         measures |= clip_ratios(logprobs - old, advantages, counted, settings, clipped)
         if reference is not None:
-            measures["kl"] = kl_estimate(logprobs, reference)[counted].mean()
+            measures["kl"] = mean_where(kl_estimate(logprobs, reference), counted)
         return loss, measures
 
 

@@ -31,7 +31,7 @@ from refine.shared_settings import (
 from refine.training.text_rewards import TextRewards
 
 PHASES = ("mid", "sft", "post", "grpo")
-SCALES = ("group", "none")
+SCALES = ("group", "batch", "none")
 ANSWER_UPDATES = ("each", "draw")
 PROMPT_STEPS = ("refine", "sft", "none")
 REPORTERS = ("tensorboard", "wandb")
@@ -90,7 +90,12 @@ class GroupSettings:
     max_completion_length: int = setting(256, "tokens a completion may have", least=1)
     num_iterations: int = setting(1, "times that completions are trained on", least=1)
     scale_rewards: str = setting(
-        "group", "group: advantages have standard deviation 1 in each", choices=SCALES
+        "group",
+        "advantages are divided by the standard deviation of the rewards of their group, or of all of the draw",
+        choices=SCALES,
+    )
+    mask_truncated_completions: bool = setting(
+        False, "leave completions out of the loss that did not end by themselves"
     )
     top_k: int | None = setting(None, "sample among so many tokens", least=1)
     top_p: float | None = setting(None, "sample among tokens of so much probability together", over=0, most=1)
@@ -290,6 +295,8 @@ class TrainSettings(
                     )
             if self.num_iterations > 1:
                 raise SettingsError("num_iterations is for phase grpo; others have num_mini_batches")
+            if self.mask_truncated_completions:
+                raise SettingsError("mask_truncated_completions is for phase grpo")
             return
         try:
             TextRewards(self.reward_funcs, self.reward_weights)

@@ -264,6 +264,75 @@ def share_of_seven(prompts, completions, **_):
     return [text.split().count("7") / len(text.split()) for text in completions]
 
 
+def drawn_by(changes: dict):
+    """A phase, its batch of two prompts, and the draw of one update of two micro-batches."""
+    model = tiny_model(dtype=torch.float32)
+    settings = TrainSettings(**GRPO | {"reward_funcs": [f"{HERE}:share_of_seven"]} | changes)
+    phase = make_phase(settings, model, torch.optim.SGD(model.parameters(), lr=0.0), World(), Digits())
+    ids, mask = ragged_batch(70, 20)
+    batch = PromptBatch(ids, mask, torch.tensor([1, 2]), ["a", "b"], {})
+    return phase, batch, phase.draw([[batch, batch._replace(keys=torch.tensor([3, 4]))]], 0)[0]
+
+
+def test_advantages_scaled_by_the_rewards_of_the_whole_draw():
+    draws = drawn_by({"scale_rewards": "batch", "max_completion_length": 6})[2]
+    rewards = torch.stack([group.rewards for group in draws])
+    expected = (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std() + 1e-6)
+    assert_close(torch.stack([group.advantages for group in draws]), expected, 1e-6, "advantages")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_completions_that_were_cut_short_are_left_out(objective):
+    changes = {"objective": objective, "mask_truncated_completions": True, "max_completion_length": 60}
+    changes |= {"grpo": {"top_entropy_quantile": 0.5}, "cispo": {"clip_range_high": 5.0}}.get(objective, {})
+    phase, batch, draws = drawn_by(changes)
+    for group in draws:
+        ends = (group.completion_ids == 0).any(-1)
+        assert torch.equal(group.counted.any(-1), ends) and not ends.all()
+        assert torch.equal(group.counted[ends], group.completion_mask[ends].bool())
+    assert any(group.counted.any() for group in draws)
+    metrics, _ = phase.update([batch, batch], draws, 0)
+    assert metrics["grad_norm"] > 0 and not metrics["skipped"]
+    cut = [group._replace(counted=torch.zeros_like(group.counted)) for group in draws]
+    metrics, _ = phase.update([batch, batch], cut, 0)
+    assert metrics["grad_norm"] == metrics["loss"] == 0 and not metrics["skipped"]
+
+
+def test_messages_become_a_prompt_and_rewards_get_messages(tokenizer, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say seven."}]
+    path.write_text(
+        "\n".join(json.dumps({"prompt": p}) for p in (chat, "Say eight.", [{"role": "user"}], []))
+    )
+    config = DataConfig(str(path), eval_fraction=0.0, min_length=1, shuffle_buffer=1)
+    with pytest.raises(DataError, match="the tokenizer has no chat template"):
+        training_prompts(config, "prompt", tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(packaged_model())
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    stream = training_prompts(config, "prompt", tokenizer)
+    batch = next(stream.batches(2))
+    assert stream.counts.bad_rows == 2
+    text = "system: Be brief.\nuser: Say seven.\nassistant:"
+    assert batch.texts == [text, "Say eight."] and batch.prompts == [chat, "Say eight."]
+    assert tokenizer.decode(batch.input_ids[0][batch.attention_mask[0].bool()]) == text
+
+    settings = TrainSettings(**GRPO | {"reward_funcs": [f"{HERE}:about_messages"], "num_generations": 2})
+    model = tiny_model(dtype=torch.float32, vocab_size=len(tokenizer))
+    phase = make_phase(settings, model, torch.optim.SGD(model.parameters(), lr=0.0), World(), tokenizer)
+    assert phase.draw([[batch]], 0)[0][0].rewards.tolist() == [[2.0, 2.0], [0.0, 0.0]]
+
+
+def about_messages(prompts, completions, **_):
+    """The number of messages of a chat, whose completion is a message too; 0 of a text."""
+    for prompt, completion in zip(prompts, completions):
+        assert isinstance(prompt, str) == isinstance(completion, str)
+        assert isinstance(completion, str) or completion[0]["role"] == "assistant"
+    return [0 if isinstance(prompt, str) else len(prompt) for prompt in prompts]
+
+
 @pytest.mark.parametrize(
     "changes",
     [

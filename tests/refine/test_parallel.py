@@ -19,8 +19,9 @@ import torch.multiprocessing as mp
 from refine import RefineConfig, refine_step
 from refine.method import Sequences, next_token_loss
 from refine.training.parallel import clip_gradients, full_weights, join_world, unwrap, wrap
+from tests.clients.families import HYBRIDS, tiny_model
 from tests.numerics import assert_gradients_close, relative_error
-from tests.refine.tiny import FAMILIES, VOCABULARY, ragged_batch, tiny_model
+from tests.refine.tiny import FAMILIES, VOCABULARY, ragged_batch
 
 CONFIG = RefineConfig(num_chunks=5, rollout_length=4, reward="hybrid", lambda_rl=1.0)
 POSITIONS = torch.tensor([[20, 60, 64, 125, 185], [28, 31, 96, 127, 140]] * 2)
@@ -36,14 +37,15 @@ FAST = [
         (f, m, k, 1, False, 64, False)
         for f, m, k in itertools.product(FAMILIES, ("ddp", "fsdp2"), ("sft", "refine"))
     ),
-    *((f, "fsdp2", "refine", 1, False, None, True) for f in FAMILIES),
+    *((f, m, "refine", 1, False, 64, False) for f, m in itertools.product(HYBRIDS, ("ddp", "fsdp2"))),
+    *((f, "fsdp2", "refine", 1, False, None, True) for f in (*FAMILIES, *HYBRIDS)),
 ]
 SLOW = [
     (f, m, k, a, c, None, False)
     for f, m, k, a, c in itertools.product(
-        FAMILIES, ("ddp", "fsdp2"), ("sft", "refine"), (1, 2), (False, True)
+        (*FAMILIES, *HYBRIDS), ("ddp", "fsdp2"), ("sft", "refine"), (1, 2), (False, True)
     )
-    if (a, c) != (2, True)
+    if (a, c) != (2, True) or f in HYBRIDS
 ]
 
 

@@ -18,8 +18,9 @@ from refine.method import ContextParallel, Sequences, next_token_loss
 from refine.method.one_pass import OnePass
 from refine.method.segmented_pass import SegmentedPass, segment_borders
 from refine.method.selection import select_positions
+from tests.clients.families import HYBRIDS, tiny_model
 from tests.numerics import assert_close, assert_gradients_close
-from tests.refine.tiny import FAMILIES, ragged_batch, tiny_model
+from tests.refine.tiny import FAMILIES, ragged_batch
 
 CONFIG = RefineConfig(num_chunks=5, rollout_length=4, num_rollouts=2)
 POSITIONS = torch.tensor([[20, 63, 64, 128, 310], [65, 126, 127, 129, 270]])
@@ -184,7 +185,8 @@ def check_chain(size: int, cases: list, tmp_path) -> None:
 
 
 def test_two_processes_share_a_document(tmp_path):
-    check_chain(2, [(family, kind) for family in FAMILIES for kind in ("sft", "drawn")], tmp_path)
+    cases = [(family, kind) for family in FAMILIES for kind in ("sft", "drawn")]
+    check_chain(2, cases + [(family, "drawn") for family in HYBRIDS], tmp_path)
 
 
 @pytest.mark.slow
