@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import refine.train as training
+from refine.paper import stages
 from tests.refine.runs import write_text
 
 
@@ -20,3 +24,21 @@ def text_file(tmp_path_factory) -> Path:
 def no_pictures(monkeypatch) -> None:
     """Runs draw nothing, which takes longer than a small run."""
     monkeypatch.setattr(training, "draw_plots", lambda folder: [])
+
+
+class InThisProcess:
+    """Runs a stage's command here: starting a process takes longer than what it does."""
+
+    def __init__(self, command, stdout, stderr):
+        self.code = None
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
+            self.code = importlib.import_module(command[2]).main(command[3:])
+
+    def wait(self) -> int:
+        return self.code
+
+
+@pytest.fixture
+def stages_in_this_process(monkeypatch):
+    """Stages of ``refine.reproduce`` without the seconds that a process takes to start."""
+    monkeypatch.setattr(stages, "subprocess", SimpleNamespace(Popen=InThisProcess, STDOUT=None))

@@ -246,7 +246,7 @@ def test_bad_commands_are_one_sentence(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_table_end_to_end(tmp_path, capsys, monkeypatch):
+def test_a_table_end_to_end(tmp_path, capsys, monkeypatch, stages_in_this_process):
     """A shared stage runs once, a failing row does not stop the others, a second call runs what is missing."""
     rows = write_rows(
         tmp_path,

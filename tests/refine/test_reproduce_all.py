@@ -2,53 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
 
-import refine.eval
-import refine.train
 from refine import reproduce
 from refine.evaluation import lm_eval
 from refine.evaluation.tasks.longbench import LEFT_OUT, LONGBENCH_TASKS
-from refine.paper import stages
 from refine.paper.rows import figures
 from refine.prepare import packaged_model
 from refine.reproduce import row_names
 from tests.refine.runs import write_text
 
-MAINS = {
-    "refine.train": refine.train.main,
-    "refine.eval": refine.eval.main,
-    "refine.evaluation.lm_eval": lm_eval.main,
-}
 SMALL = [
     "max_steps=2", "gradient_accumulation_steps=1", "train.max_length=256", "eval.max_length=256", "positions=256",
     "max_prompt_length=256", "bf16=false", "gradient_checkpointing=false", "samples=2", "lengths=400",
     "batch_size=2", "ttt_batch_size=2", "mid.eval_samples=2", "mid.eval_steps=1", "sample_steps=1", "save_steps=0",
     "learning_rate=1e-4",
 ]  # fmt: skip
-
-
-class InThisProcess:
-    """Runs a stage's command here: starting 60 processes takes longer than what they do."""
-
-    def __init__(self, command, stdout, stderr):
-        self.code = None
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
-            self.code = MAINS[command[2]](command[3:])
-
-    def wait(self) -> int:
-        return self.code
-
-
-@pytest.fixture
-def here(monkeypatch):
-    monkeypatch.setattr(stages, "subprocess", SimpleNamespace(Popen=InThisProcess, STDOUT=None))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +89,7 @@ def short_tasks(folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["ours", "paper"])
-def test_every_row_and_figure(tmp_path, here, inputs, monkeypatch, protocol, capsys):
+def test_every_row_and_figure(tmp_path, stages_in_this_process, inputs, monkeypatch, protocol, capsys):
     """All stages run; every number of ours stands under another name than the paper's model."""
     pytest.importorskip("rouge")
     pytest.importorskip("matplotlib")
@@ -162,7 +135,7 @@ def test_every_row_and_figure(tmp_path, here, inputs, monkeypatch, protocol, cap
 
 
 @pytest.mark.slow
-def test_equal_updates_tokens_and_time(tmp_path, here, inputs, capsys):
+def test_equal_updates_tokens_and_time(tmp_path, stages_in_this_process, inputs, capsys):
     """Four arms of two seeds in one table, with differences; a second call runs nothing."""
     out = tmp_path / "out"
     small = [one for one in SMALL if not one.startswith(("max_steps", "lengths", "mid.eval"))]
