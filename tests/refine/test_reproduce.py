@@ -246,7 +246,7 @@ def test_bad_commands_are_one_sentence(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_table_end_to_end(tmp_path, capsys, monkeypatch, stages_in_this_process):
+def test_a_table_end_to_end(tmp_path, text_file, capsys, monkeypatch, stages_in_this_process):
     """A shared stage runs once, a failing row does not stop the others, a second call runs what is missing."""
     rows = write_rows(
         tmp_path,
@@ -255,7 +255,7 @@ def test_a_table_end_to_end(tmp_path, capsys, monkeypatch, stages_in_this_proces
         ttt="row: REFINE + test-time SFT\nstages: {test: {eval: {ttt: sft}}}\n",
     )
     out = tmp_path / "out"
-    command = [*rows, "--output_dir", str(out), "--model", str(TINY), "--text", "default", *SCALE]
+    command = [*rows, "--output_dir", str(out), "--model", str(TINY), "--text", str(text_file), *SCALE]
     started: list[str] = []
     original = Stage.command
 
