@@ -6,7 +6,6 @@ BIN := $(VENV)/bin
 # Tests run in so many processes, one thread each: kernels are interpreted, which takes one core however many there are.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable
-test test-all: export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup train test test-all test-faults test-releases lint format docs bench reproduce-small pretrain-tiny \
 	pretrain-tiny-lact pretrain-tiny-hybrid clean

@@ -11,14 +11,18 @@ import os
 import sys
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # tests in several processes: one thread for each
-    os.environ["OMP_NUM_THREADS"] = "1"
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if WORKER:  # tests in several processes: one thread for each, and for the processes that it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # what PyTorch has compiled of an earlier state of an op is no test of this one
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import pytest
 import torch
+
+if WORKER:  # a plugin of pytest may have imported torch before
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
