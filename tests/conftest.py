@@ -11,8 +11,9 @@ import os
 import sys
 from pathlib import Path
 
-WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if WORKER:  # tests in several processes: one thread for each, and for the processes that it starts
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # tests in several processes: one thread for each, and for the processes that it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # what PyTorch has compiled of an earlier state of an op is no test of this one
@@ -21,7 +22,7 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 import pytest
 import torch
 
-if WORKER:  # a plugin of pytest may have imported torch before
+if "PYTEST_XDIST_WORKER" in os.environ:  # a plugin of pytest may have imported torch before
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -13,7 +13,7 @@ from refine.models import LaCTConfig, LaCTForCausalLM, new_model
 from refine.models import lact as lact_module
 from refine.models.lact import LaCTAttention
 from refine.models.window_attention import branch_attention, window_attention
-from tests.numerics import assert_close, relative_error
+from tests.numerics import assert_close, assert_gradients_close, relative_error
 from tests.refine.tiny import VOCABULARY, ragged_batch, tiny_model
 
 VARIANTS = {
@@ -251,6 +251,9 @@ def test_both_ways_give_the_same_gradient_at_chunk_borders(num_rollouts, setting
     assert_close(shared.loss, slow.loss, tolerance, "loss")
     assert_close(shared.rewards, slow.rewards, max(tolerance, 1e-6), "rewards")
     assert shared.advantages.abs().sum() > 0
+    if dtype == torch.float32:  # rounding comes from the whole backward, and Muon's steps magnify it
+        assert_gradients_close(got, expected, tolerance)
+        return
     # a projection's weight and bias together: what a bias sums up over tokens can cancel to almost nothing
     layers = {name.rsplit(".", 1)[0] if name.endswith((".weight", ".bias")) else name for name in expected}
     for layer in layers:
