@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -55,6 +56,28 @@ def test_the_python_of_a_page_runs(name, tmp_path, monkeypatch):
             pytest.importorskip("accelerate")
         code = block.replace("path/or/name", str(TINY))
         exec(compile(code, name, "exec"), vars(page))
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+)
+def test_the_commands_of_a_page_are_understood(name, tmp_path, monkeypatch):
+    """Every setting of ``refine train`` and ``refine eval`` in a page is one, with a value that it takes."""
+    monkeypatch.chdir(tmp_path)
+    Path("my_run.yaml").write_text("max_steps: 3\n")
+    rewards = types.ModuleType("my_rewards")
+    rewards.correct = rewards.short = len
+    monkeypatch.setitem(sys.modules, "my_rewards", rewards)
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = [word for word in shlex.split(line, comments=True) if word != "..."]
+            for command, settings in (
+                ("train", "refine.training.settings"),
+                ("eval", "refine.evaluation.settings"),
+            ):
+                for start in (["refine", command], ["python", "-m", f"refine.{command}"]):
+                    if words[: len(start)] == start and "--help" not in words:
+                        importlib.import_module(settings).parse_settings(words[len(start) :])
 
 
 def test_the_reference_has_every_public_name():
