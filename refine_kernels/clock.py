@@ -145,6 +145,8 @@ def _times(code: sass.Code, programs: float, warps: int, arch: str) -> tuple[flo
 
 @dataclass(frozen=True)
 class Compiled:
+    """A kernel's loops in machine code, its registers a thread, and its shared memory in bytes a program."""
+
     loops: sass.Loop
     registers: int
     shared: int
@@ -202,10 +204,12 @@ def table(label: str, found: list[Bound]) -> str:
 
 
 def total(found: list[Bound]) -> float:
+    """The bounds of all launches one after another, in microseconds."""
     return sum(bound.microseconds for bound in found)
 
 
 def serial(found: list[Bound]) -> float:
+    """Those of launches that go along a sequence, in microseconds."""
     return sum(bound.microseconds for bound in found if bound.serial)
 
 

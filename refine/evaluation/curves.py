@@ -12,7 +12,7 @@ Long documents are read by segments, from state to state.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,21 +90,31 @@ def loss_by_position(model, documents: Iterable[Sequence[int]], positions: int) 
     Raises:
         ValueError: a document is too short, or there is none.
     """
-    by_document = []
-    for document in documents:
-        if len(document) < positions:
-            raise ValueError(f"a document has {len(document)} tokens; loss_by_position needs {positions}")
-        ids = torch.as_tensor(np.asarray(document[:positions], np.int64))[None]
-        by_document.append(
-            -_read(model, ids)[1][0, :-1].double().numpy()
-        )  # of tokens 1, 2, ..., positions - 1
-    if not by_document:
-        raise ValueError("loss_by_position needs at least one document")
-    losses, result, begin = np.stack(by_document), {}, 1
+    # of tokens 1, 2, ..., positions - 1
+    losses = _by_document("loss_by_position", documents, positions, lambda ids: -_read(model, ids)[1][0, :-1])
+    result, begin = {}, 1
     for end in range_ends(positions):
         result[end] = losses[:, begin - 1 : end - 1].mean(1)
         begin = end
     return result
+
+
+def _by_document(
+    name: str,
+    documents: Iterable[Sequence[int]],
+    positions: int,
+    measure: Callable[[torch.Tensor], torch.Tensor],
+) -> np.ndarray:  # [documents, measured positions] float64
+    """``measure`` of ids [1, positions] of each document, for the curve ``name``."""
+    found = []
+    for document in documents:
+        if len(document) < positions:
+            raise ValueError(f"a document has {len(document)} tokens; {name} needs {positions}")
+        ids = torch.as_tensor(np.asarray(document[:positions], np.int64))[None]
+        found.append(measure(ids).double().numpy())
+    if not found:
+        raise ValueError(f"{name} needs at least one document")
+    return np.stack(found)
 
 
 @torch.no_grad()
@@ -123,15 +133,9 @@ def entropy_by_position(
     Raises:
         ValueError: a document is too short, or there is none.
     """
-    by_document = []
-    for document in documents:
-        if len(document) < positions:
-            raise ValueError(f"a document has {len(document)} tokens; entropy_by_position needs {positions}")
-        ids = torch.as_tensor(np.asarray(document[:positions], np.int64))[None]
-        by_document.append(_entropies(model, ids)[0].double().numpy())
-    if not by_document:
-        raise ValueError("entropy_by_position needs at least one document")
-    entropies = np.stack(by_document)
+    entropies = _by_document(
+        "entropy_by_position", documents, positions, lambda ids: _entropies(model, ids)[0]
+    )
     edges = np.linspace(0, positions, min(ranges, positions) + 1).astype(int)
     return {int(end): entropies[:, begin:end].mean(1) for begin, end in itertools.pairwise(edges)}
 

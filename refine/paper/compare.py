@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from refine.paper.rows import Row
-from refine.paper.tables import Column, columns_of, describe_row
+from refine.paper.tables import Column, columns_of, describe_row, with_interval
 from refine.settings import SettingsError
 from refine.training.tracking import read_metrics
 
@@ -191,12 +191,7 @@ def _difference(ours: Sequence[float | None], theirs: Sequence[float | None]) ->
 
 
 def _signed(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    if found["interval"] is None:
-        return f"{found['difference']:+.1f}"
-    low, high = found["interval"]
-    return f"{found['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return "-" if found is None else with_interval(found["difference"], found["interval"], "+.1f")
 
 
 def write(root: Path, records: list[dict[str, Any]], texts: list[str]) -> None:

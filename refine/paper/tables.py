@@ -190,9 +190,10 @@ def _note(row: Row, ours: dict[str, Any], about_run: dict[str, Any]) -> str:
 
 
 def _cell(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    if found["interval"] is None:
-        return f"{found['value']:.1f}"
-    low, high = found["interval"]
-    return f"{found['value']:.1f} [{low:.1f}, {high:.1f}]"
+    return "-" if found is None else with_interval(found["value"], found["interval"])
+
+
+def with_interval(value: float, interval: Sequence[float] | None, form: str = ".1f") -> str:
+    """``61.0 [58.2, 63.7]``, or the value alone where there is no interval."""
+    ends = "" if interval is None else f" [{', '.join(format(end, form) for end in interval)}]"
+    return format(value, form) + ends

@@ -223,10 +223,11 @@ class GroupPhase:
 def load_reference(settings: TrainSettings, world: World, model: torch.nn.Module) -> torch.nn.Module:
     """The model that a run begins from, frozen: what ``beta`` keeps the policy near to. With new adapters it is the
     policy without them."""
-    if settings.use_peft and not holds_adapters(settings.model_name_or_path or ""):
+    named = settings.model_name_or_path
+    if settings.use_peft and (named is None or not holds_adapters(named)):
         return WithoutAdapters(unwrap(model))
     if settings.use_peft:  # adapters that are trained on: merged into a copy
-        reference = load_model(settings.model_name_or_path, dtype=torch.float32)
+        reference = load_model(named, dtype=torch.float32)
     else:
         reference, _ = load_model_and_tokenizer(settings, settings)
     return reference.to(world.device).requires_grad_(False).eval()
