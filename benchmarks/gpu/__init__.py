@@ -1,0 +1,1 @@
+"""One visit to a GPU: :mod:`benchmarks.gpu.__main__`."""
