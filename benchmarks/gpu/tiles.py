@@ -26,14 +26,15 @@ SCANS = (
     (32, 4, 2), (32, 4, 1), (32, 4, 3), (16, 4, 2), (16, 4, 3), (64, 4, 2), (64, 4, 1), (64, 8, 2), (128, 8, 1),
     (32, 2, 2), (64, 4, 3), (32, 8, 2),
 )  # fmt: skip
+STATES = ((64, 4, 2), (64, 4, 1), (128, 8, 1), (128, 8, 2), (32, 4, 2), (128, 4, 1))
 INVERSES = (4, 2, 8, 1)  # warps
-# columns of K; of V in other products; warps; stages
-GRADIENTS = {
-    False: ((64, 64, 8, 1), (64, 64, 4, 1), (32, 64, 4, 1), (32, 64, 8, 1), (64, 128, 8, 1), (128, 64, 8, 1),
-            (64, 64, 8, 2), (32, 32, 4, 1), (64, 32, 8, 1), (32, 128, 4, 1), (32, 64, 4, 2), (128, 128, 8, 1)),
-    True: ((32, 16, 8, 1), (32, 16, 4, 1), (32, 64, 8, 1), (32, 64, 4, 1), (64, 16, 8, 1), (64, 64, 8, 1),
-           (32, 32, 4, 1), (32, 16, 8, 2), (32, 32, 8, 1), (64, 32, 8, 1), (32, 128, 4, 1), (64, 32, 4, 1)),
-}  # fmt: skip
+# columns of K, of V, warps, stages, registers
+GRADIENTS = (
+    (64, 64, 8, 1, 0), (64, 64, 8, 2, 0), (64, 64, 8, 1, 128), (64, 64, 8, 2, 128), (128, 64, 8, 1, 0),
+    (128, 64, 8, 2, 0), (128, 64, 8, 1, 128), (64, 64, 4, 1, 0), (64, 64, 4, 2, 0), (64, 32, 4, 1, 168),
+    (64, 32, 8, 2, 128), (32, 64, 8, 1, 128), (128, 32, 8, 2, 0), (64, 64, 4, 2, 168), (32, 64, 4, 1, 168),
+    (32, 64, 8, 2, 0),
+)  # fmt: skip
 HEADS = ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 4), (64, 256, 64, 4, 3),
          (128, 256, 128, 8, 2), (256, 128, 64, 8, 3))  # fmt: skip
 LACTS = {
@@ -53,7 +54,7 @@ def compiling() -> list[Task]:
     if not CUDA:
         return []
     tasks = []
-    for gated, i in itertools.product((False, True), range(len(SCANS))):
+    for gated, i in itertools.product((False, True), range(len(GRADIENTS))):
         tasks.append(
             Task("compiling", f"delta tiles {gated} {i}", HERE + "delta", {"gated": gated, "only": [i]}, True)
         )
@@ -64,41 +65,37 @@ def compiling() -> list[Task]:
     return tasks
 
 
-def delta(gated: bool, only: list[int] | None = None, shapes=((1, 16384), (8, 8192))) -> Iterator[Row]:
+def delta(gated: bool, only: list[int] | None = None, shapes=((1, 16384), (8, 8192)), other: bool = False) -> Iterator[Row]:
     """Microseconds of every kernel under every candidate, one long sequence (split) and eight."""
     heads, size = (16, 128) if CUDA else (2, 16)
     choose = triton_chunk.choose_tiles
-    for (b, t), i in itertools.product(shapes if CUDA else [(1, 256)], only or range(len(SCANS))):
+    for (b, t), i in itertools.product(shapes if CUDA else [(1, 256)], only or range(len(GRADIENTS))):
         inputs = delta_inputs(b, t, heads, size, size, HALF, gated=gated)
         leaves = [inputs[n] for n in ("q", "k", "v", "beta", "g") if inputs[n] is not None]
         d_o = torch.randn_like(inputs["v"])
-        bv, warps, stages = SCANS[i]
-        bk, br, gradient_warps, gradient_stages = GRADIENTS[gated][i]
+        scan, states, inverse = (x[i % len(x)] for x in (SCANS, STATES, INVERSES))
+        tiles = {
+            "scan": Tile(*scan), "reverse": Tile(*scan), "states": Tile(*states), "inverse": Tile(32, inverse, 1),
+            "gradient": GradientTile(*GRADIENTS[i]),
+        }  # fmt: skip
 
-        def chosen(*arguments, **options):
+        def chosen(*arguments, tiles=tiles, **options):
             found = choose(*arguments, **options)
-            if not CUDA:
-                return found
-            scan = Tile(bv, warps, stages)  # noqa: B023
-            return found._replace(
-                scan=scan, reverse=scan, inverse=Tile(bv, INVERSES[i % len(INVERSES)], 1),  # noqa: B023
-                gradient=GradientTile(bk, found.gradient.bv, br, gradient_warps, gradient_stages),  # noqa: B023
-            )  # fmt: skip
+            return found._replace(**tiles) if CUDA else found
 
         def both(leaves=leaves, inputs=inputs, d_o=d_o):
             o = chunk_delta_rule(*leaves[:4], g=inputs["g"], use_qk_l2norm_in_kernel=True)[0]
             return torch.autograd.grad(o, leaves, d_o)
 
-        name = f"scan {SCANS[i]}, gradient {GRADIENTS[gated][i]}, inverse {INVERSES[i % len(INVERSES)]} warps"
-        what = f"{'gated ' * gated}{b} x {t}: {name}"
+        what = f"{'gated ' * gated}{b} x {t}: {'other ' * other}{', '.join(f'{n} {tuple(x)}' for n, x in tiles.items())}"
         with mock.patch.object(triton_chunk, "choose_tiles", chosen):
             try:
                 kernels = launches(both)
             except Exception as error:
                 yield row(what, f"{type(error).__name__}: {str(error).splitlines()[0]}")
                 continue
-        ours = {n.removesuffix("_kernel"): (c, us) for n, (c, us) in kernels.items() if n.endswith("_kernel")}
-        yield row(what, ", ".join(f"{n} {us:.0f} us" for n, (_, us) in ours.items()), kernels=kernels)
+        ours = {n.removesuffix("_kernel"): us for n, (_, us) in kernels.items() if n.endswith("_kernel")}
+        yield row(what, ", ".join(f"{n} {us:.0f} us" for n, us in ours.items()), kernels=ours)
 
 
 def spans(gated: bool) -> Iterator[Row]:

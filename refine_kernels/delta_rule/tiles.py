@@ -24,25 +24,25 @@ class Tile(NamedTuple):
 
 
 class GradientTile(NamedTuple):
-    """How ``gradient_kernel`` is cut: columns of K a program owns; columns of V at a time in products with the
-    state, and in all others; warps and loads in flight."""
+    """How ``gradient_kernel`` is cut: columns of K a program owns, columns of V at a time; warps, loads in flight,
+    and the registers that a thread may take (0: as many as there are)."""
 
     bk: int
     bv: int
-    br: int
     num_warps: int
     num_stages: int
+    registers: int = 0
 
 
 class Tiles(NamedTuple):
     """The tiles of all kernels for one pair of head sizes."""
 
     chunk: int  # tokens
-    carry: bool  # whether gradient_kernel carries the state from chunk to chunk of a group
     inverse: Tile
     scan: Tile
     reverse: Tile
     join: Tile
+    states: Tile
     gradient: GradientTile
 
 
@@ -50,20 +50,18 @@ def choose_tiles(
     kd: int, vd: int, itemsize: int, gated: bool, *, few: bool = False, tensor_memory: bool = False
 ) -> Tiles:
     """The tiles for head sizes ``kd`` and ``vd``, ``itemsize`` bytes a number, with or without decay, ``few`` rows
-    x heads (too few to occupy a GPU by themselves). Decays cost registers, so gradient_kernel holds less of the
-    state with them. Chips with ``tensor_memory`` (Blackwell) hold products of 64 rows there, and it has no room for
-    all of gradient_kernel's: Triton then compiles a trap."""
+    x heads (too few to occupy a GPU by themselves). Chips with ``tensor_memory`` (Blackwell) hold products of 64
+    rows there, and it has no room for all of gradient_kernel's: Triton then compiles a trap."""
     bk, whole = block(kd), block(vd)
     if tensor_memory or max(bk, whole) > 128 or (itemsize > 2 and max(bk, whole) > 64):
         bv = min(whole, 16 if bk > 128 else 32)
         tile = Tile(bv, 4, 1)
-        return Tiles(32, False, tile, tile, tile, tile, GradientTile(min(bk, 64), bv, bv, 4, 1))
+        return Tiles(32, tile, tile, tile, tile, tile, GradientTile(min(bk, 64), bv, 4, 1))
     large = bk == 128
     scan = Tile(min(whole, 32 if large or few else 64), 4, 2)
-    gradient = GradientTile(
-        min(bk, 32 if gated else 64), whole, min(whole, 16 if gated and large else 64), 8, 1
-    )
-    return Tiles(64, True, Tile(scan.bv, 4, 1), scan, scan, Tile(scan.bv, 4, 1), gradient)
+    alone = Tile(scan.bv, 4, 1)
+    gradient = GradientTile(bk, min(whole, 64), 8, 1)
+    return Tiles(64, alone, scan, scan, alone, Tile(min(whole, 64), 4, 2), gradient)
 
 
 def block(size: int) -> int:

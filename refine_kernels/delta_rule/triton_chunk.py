@@ -7,11 +7,10 @@ heads. Only the gradients of q and k are written by value heads first, in float3
 The mathematics and its letters are those of ``chunked.py``; README.md counts what each kernel moves. Forward,
 two launches: ``inverse_kernel`` (all chunks at once) writes the unit lower triangular M and the running sums of
 the decays, ``scan_kernel`` (chunk after chunk, one program per head and block of V) keeps S on the chip and emits
-O and, for the backward, U. Backward: ``reverse_kernel`` (from the last chunk to the first) writes dR' and the dS'
-that arrives at each chunk, ``gradient_kernel`` (all groups of chunks at once, by columns of K) writes dq, dk, dv
-and shares of dbeta and dg, summed at the end. It starts from the state that the forward kept for every group of
-eight chunks and carries it on the chip; head sizes too large for that read each chunk's state from memory, where
-a second ``scan_kernel``, parallel over the groups, has put it.
+O and, for the backward, U. It keeps the state before every group of chunks. Backward: ``states_kernel`` (all groups
+at once) works out the state before every chunk again, ``reverse_kernel`` (from the last chunk to the first) writes
+dR' and the dS' that arrives at each chunk, ``gradient_kernel`` (all chunks at once, by columns of K) writes dq, dk,
+dv and shares of dbeta and dg, summed at the end.
 
 Where rows x heads leave a chip mostly empty, sequences are split into spans (``tiles.span_tokens``), two launches
 more each way: one maps what every span does to a state (``maps``), ``join_kernel`` goes from span to span, and then
@@ -20,7 +19,7 @@ all spans are scanned at once from their own states.
 Keys and queries are never normalised in memory nor on the chip: ``use_qk_l2norm_in_kernel`` multiplies rows of
 float32 results by ``1 / sqrt(sum x^2 + eps)``, so products read what was loaded. The same holds for beta and the
 decays. No product takes a transposed result of another product, only transposed loads (Triton before 3.7.1 is
-known to get the former wrong on Hopper): ``gradient_kernel`` therefore works on S^T.
+known to get the former wrong on Hopper): ``gradient_kernel`` multiplies U and dO, U and dR' in both orders.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from refine_kernels.delta_rule.tiles import (
     program_slots,
     span_tokens,
 )
-from refine_kernels.delta_rule.triton_gradient import gradient_kernel
+from refine_kernels.delta_rule.triton_gradient import gradient_kernel, states_kernel
 from refine_kernels.delta_rule.triton_scan import inverse_kernel, join_kernel, reverse_kernel, scan_kernel
 
 # ---------------------------------------------------------------------------------------------------------
@@ -148,14 +147,11 @@ def backward(
     decays, norms, u, inverse = _kept(kept, q, v, plan, g is not None)
 
     given = {"k": k, "beta": beta, "inverse": inverse, "decays": decays, "norms": norms, "scale": scale}
-    chunk_states = None
-    if not plan.tiles.carry:
-        chunk_states = q.new_empty(plan.chunks, h, kd, vd)
-        plan.launch(
-            scan_kernel, plan.groups * h * plan.blocks(plan.tiles.scan), plan.tiles.scan, v=v,
-            initial=checkpoints, chunk_states=chunk_states, owners=plan.group_owners,
-            SPAN=GROUP_TOKENS // plan.chunk, **given,
-        )  # fmt: skip
+    tile, chunk_states = plan.tiles.states, q.new_empty(plan.chunks, h, kd, vd)
+    plan.launch(
+        states_kernel, plan.groups * h * plan.blocks(tile), tile, k=k, u=u, decays=decays, norms=norms,
+        checkpoints=checkpoints, chunk_states=chunk_states, owners=plan.group_owners,
+    )  # fmt: skip
 
     tile = plan.tiles.reverse
     d_r, d_chunk_states = torch.empty_like(v), q.new_empty(plan.chunks, h, kd, vd)
@@ -174,18 +170,17 @@ def backward(
         d_initial=d_initial, **back,
     )  # fmt: skip
 
-    carry, tile = plan.tiles.carry, plan.tiles.gradient
+    tile = plan.tiles.gradient
     blocks = triton.cdiv(kd, tile.bk)
     sums = q.new_empty(blocks, 1 if g is None else 2, *beta.shape, dtype=torch.float32)
     by_value_heads = [dq, dk]
     if plan.repeat > 1:
         by_value_heads = [q.new_empty(*v.shape[:3], kd, dtype=torch.float32) for _ in by_value_heads]
     plan.launch(
-        gradient_kernel, (plan.groups if carry else plan.chunks) * h * blocks, tile, q=q, k=k, v=v,
-        o=o if l2norm else None, u=u, beta=beta, decays=decays, norms=norms, d_o=d_o, d_r=d_r,
-        kept=checkpoints if carry else chunk_states, d_chunk_states=d_chunk_states, dq=by_value_heads[0],
-        dk=by_value_heads[1], dv=dv, sums=sums, owners=plan.group_owners if carry else plan.chunk_owners,
-        scale=scale, SHARE=sums.stride(0), GROUP=GROUP_TOKENS // plan.chunk if carry else 1,
+        gradient_kernel, plan.chunks * h * blocks, tile, q=q, k=k, v=v, o=o if l2norm else None, u=u, beta=beta,
+        decays=decays, norms=norms, d_o=d_o, d_r=d_r, chunk_states=chunk_states, d_chunk_states=d_chunk_states,
+        dq=by_value_heads[0], dk=by_value_heads[1], dv=dv, sums=sums, owners=plan.chunk_owners, scale=scale,
+        SHARE=sums.stride(0),
     )  # fmt: skip
     if plan.repeat > 1:
         dq, dk = (x.unflatten(2, (-1, plan.repeat)).sum(3).to(q.dtype) for x in by_value_heads)
@@ -289,10 +284,11 @@ class _Plan(NamedTuple):
         given = (
             sizes | {name.upper(): size for name, size in tile._asdict().items() if name[0] == "b"} | given
         )
+        limit = {"maxnreg": tile.registers} if getattr(tile, "registers", 0) else {}
         with torch.cuda.device_of(given["maps"] if given.get("k") is None else given["k"]):
             kernel[(programs,)](
                 *(given.get(name) for name in kernel.arg_names),
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
+                num_warps=tile.num_warps, num_stages=tile.num_stages, **limit,
             )  # fmt: skip
 
 

@@ -98,27 +98,12 @@ def anew(o_x, i_c, PHASE: tl.constexpr):
 
 
 @triton.jit
-def again(b_x, i_c, PHASE: tl.constexpr):  # [BT] -> [BT]
-    """``b_x`` of float32, likewise: it is laid out anew along rows and columns of a product in every PHASE, where
-    it would take 16 registers in between."""
-    return b_x * ((i_c >> (30 - PHASE)) + 1.0)
-
-
-@triton.jit
 def rows(tokens, o_i, i_c, PHASE: tl.constexpr):
     """Rows of a chunk of ``tokens`` tokens (:func:`anew`), those behind its end replaced by the last one, and which
     exist. [BT] each. Tiles are read without a mask: what must be zero behind the end is made so by a factor of its
     row."""
     o_l = anew(o_i, i_c, PHASE)
     return tl.minimum(o_l, tokens - 1), o_l < tokens
-
-
-@triton.jit
-def tokens(length, i_c, H, REPEAT: tl.constexpr, BT: tl.constexpr, PHASE: tl.constexpr):
-    """The tokens of chunk ``i_c`` (:func:`anew`): number in it, whether it exists, row in memory of value heads and
-    of key heads. [BT] each."""
-    o_i = anew(tl.arange(0, BT), i_c, PHASE)
-    return o_i, i_c * BT + o_i < length, o_i * H, o_i * (H // REPEAT)
 
 
 @triton.jit

@@ -135,7 +135,6 @@ def scan_kernel(
     final_state,  # [N, H, K, V] float32 or None
     states,  # [N, N_STATES, H, K, V] float32 or None
     checkpoints,  # [places of groups, H, K, V] float32 or None
-    chunk_states,  # [places of chunks, H, K, V] or None
     maps,  # [places of spans, H, K, V + K] float32 or None
     cu_seqlens,  # [N + 1] or None
     owners,  # [places of spans] or None
@@ -159,8 +158,8 @@ def scan_kernel(
     them from the state that ``initial`` has for this span.
 
     Reads q, k, v, beta, g, norms and M once (q, k and M once for every block of V), writes o once; the
-    state stays on the chip. States at strides, the final state, a float32 state every GROUP chunks and a rounded
-    one every chunk are written where there is a tensor for them. STRIDE counts chunks.
+    state stays on the chip. States at strides, the final state, a float32 state every GROUP chunks are
+    written where there is a tensor for them. STRIDE counts chunks.
 
     ``maps`` asks for what a span does to the state that enters it, ``S -> P S + L``, as [L P]: L is scanned from
     zeros, the columns of P from those of the identity with v = 0, as columns of a state do not see one another.
@@ -189,7 +188,6 @@ def scan_kernel(
         if (first + SPAN >= whole) | ((first == 0) & (i_v >= NV)):
             return
     i_group = parts.place(cu_seqlens, i_n, begin, T, GROUP * BT)
-    i_place = parts.place(cu_seqlens, i_n, begin, T, BT)
 
     HK = H // REPEAT
     o_i = tl.arange(0, BT)
@@ -223,8 +221,6 @@ def scan_kernel(
                 o_z = parts.anew(o_k, i_c, 4)[:, None] * V + o_v[None, :]
                 tl.store(checkpoints + i_state * (K * V) + o_z, b_s, mask=m_s)
         b_h = b_s.to(dtype)
-        if chunk_states is not None:
-            tl.store(chunk_states + ((i_place + i_c) * H + i_h) * (K * V) + o_s, b_h, mask=m_s)
 
         i_x = (begin + i_c * BT) * H + i_h  # the chunk's first
         i_xk = i_x // REPEAT  # of the key head

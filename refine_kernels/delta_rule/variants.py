@@ -94,7 +94,9 @@ def turns(kernel: str, given: dict[str, Any]) -> tuple[list, bool, float]:
     if kernel == "inverse":
         return [7], False, 1.0
     if kernel == "gradient":
-        return [(min(given["GROUP"], chunks), -(-given["V"] // given["BR"]))], False, 1.0
+        return [-(-given["V"] // given["BV"])], False, 1.0
+    if kernel == "states":
+        return [min(given["GROUP"], chunks)], False, 1.0
     if kernel == "join":
         return [(-(-chunks // span), given["K"] // given["BJ"])], True, 1.0
     if span is None:
