@@ -203,7 +203,7 @@ def _counted(
     if not live.is_cuda:
         return lambda: int(count)
     stream = torch.cuda.current_stream(live.device)
-    there = torch.empty((), dtype=count.dtype, pin_memory=True)
+    there = torch.empty((), dtype=count.dtype, device="cpu", pin_memory=True)
     there.copy_(count, non_blocking=True)
     done = stream.record_event()
 
