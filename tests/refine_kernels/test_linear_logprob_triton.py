@@ -28,7 +28,7 @@ from refine_kernels.linear_logprob.chunked import Upstream  # noqa: E402
 Tile = triton_forward.Tile
 
 pytestmark = [
-    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.usefixtures("interpreter", "default_device"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of masked lanes
 ]
 TRITON = {"backend": "triton"}
