@@ -221,7 +221,7 @@ class Work(NamedTuple):
     others: torch.Tensor | None  # [N - n]; None: none
     dead: (
         torch.Tensor | None
-    )  # [N] bool, rows without a gradient that are worked on like any other; None: none
+    )  # [N] bool, those without a gradient that are worked on all the same; None: none
 
 
 def _work(
