@@ -69,6 +69,32 @@ def _seeded():
 
 
 @pytest.fixture(autouse=True)
+def _gpu_alive():
+    """A kernel that reads or writes where it must not ends every later CUDA call of its process. So each test
+    waits for its own kernels, which makes the error that test's; the tests after it there are skipped by name."""
+    if INTERPRET or not torch.cuda.is_initialized():
+        yield
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        pytest.skip(f"an earlier test of this process broke its CUDA context: {str(error).splitlines()[0]}")
+    yield
+    torch.cuda.synchronize()
+
+
+@pytest.fixture
+def default_device():
+    """New tensors are on the GPU, where there is one."""
+    if INTERPRET:
+        yield torch.device("cpu")
+        return
+    torch.set_default_device("cuda")
+    yield torch.device("cuda")
+    torch.set_default_device(None)
+
+
+@pytest.fixture(autouse=True)
 def _no_report(request, monkeypatch):
     """Training runs write no report, which takes a third of a second, but in the tests that look at it."""
     training = sys.modules.get("refine.train")

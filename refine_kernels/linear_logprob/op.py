@@ -7,6 +7,7 @@ files below trust their arguments.
 from __future__ import annotations
 
 import math
+import os
 from types import ModuleType
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from refine_kernels.linear_logprob.partials import VocabGroup, vocab_slices
 from refine_kernels.linear_logprob.reference import LinearLogprobOutput, resolve_seeds
 from refine_kernels.precision import accumulation_dtype, autocast
 
+CHECK_VARIABLE = "REFINE_KERNELS_CHECK"  # 1: values of targets are checked on a GPU, too
 _REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -49,6 +51,8 @@ def linear_logprob(
         weight: the head, ``[V, D]``.
         target: int64 or int32, ``[...]``, in ``[0, V)`` or ``ignore_index``. An ignored row has log-prob 0
             and passes no gradient through it; its entropy and lse are those of any other row.
+            Another value is an error; but on a GPU the kernels, which nobody waits for, give that row log-prob
+            and gradients of nan instead, unless the environment has ``REFINE_KERNELS_CHECK=1``.
         temperature: divides the logits. 0 is allowed when sampling: the token is then the arg-max (lowest
             index on ties), and log-prob, entropy and lse are reported at temperature 1.
         return_entropy: also return the entropy, in nats.
@@ -82,7 +86,7 @@ def linear_logprob(
     _check_temperature(temperature, sample)
     group, V = _vocabulary(weight, process_group)
     if target is not None:
-        _check_target(target, x, V, ignore_index, split=group is not None)
+        _check_target(target, x)
     if sample:
         _check_seed(seed, x)
     elif target is None and not (return_entropy or return_lse):
@@ -90,6 +94,8 @@ def linear_logprob(
     x, weight, bias = autocast(x, weight, bias)
 
     backend = _backend(backend, x, weight, bias, group)
+    if target is not None:
+        _check_target_values(target, V, ignore_index, backend, group)
     if backend == "reference":
         return reference.linear_logprob(
             x, weight, target, temperature=temperature, ignore_index=ignore_index,
@@ -134,6 +140,8 @@ def linear_cross_entropy(
         x: hidden states, ``[..., D]``, float32, bfloat16, float16 or float64; any leading shape, any strides.
         weight: the head, ``[V, D]``.
         target: int64 or int32, ``[...]``, in ``[0, V)`` or ``ignore_index`` (no loss, no gradient).
+            Another value is an error; but on a GPU the kernels, which nobody waits for, give a loss and
+            gradients of nan instead, unless the environment has ``REFINE_KERNELS_CHECK=1``.
         reduction: ``"sum"``; ``"mean"``, the sum divided by the number of rows that are not ignored,
             whatever their ``row_weight`` (0 when all are ignored); or ``"none"``, ``[...]``.
         row_weight: ``[...]``, multiplies each row's loss; a constant. A row of weight 0 costs as little as an
@@ -160,7 +168,7 @@ def linear_cross_entropy(
     """
     _check_head(x, weight, bias, logit_softcap)
     group, V = _vocabulary(weight, process_group)
-    _check_target(target, x, V, ignore_index, split=group is not None)
+    _check_target(target, x)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
     if row_weight is not None:
@@ -168,6 +176,7 @@ def linear_cross_entropy(
     x, weight, bias = autocast(x, weight, bias)
 
     backend = _backend(backend, x, weight, bias, group)
+    _check_target_values(target, V, ignore_index, backend, group)
     if backend == "reference":
         return reference.linear_cross_entropy(
             x, weight, target, reduction=reduction, ignore_index=ignore_index, row_weight=row_weight,
@@ -482,9 +491,6 @@ def _check_temperature(temperature: float, sample: bool) -> None:
 def _check_target(
     target: torch.Tensor,  # [...]
     x: torch.Tensor,  # [..., D]
-    V: int,
-    ignore_index: int,
-    split: bool,
 ) -> None:
     if target.dtype not in (torch.int64, torch.int32) or target.shape != x.shape[:-1]:
         raise ValueError(
@@ -492,11 +498,25 @@ def _check_target(
             f"got {_described(target)}"
         )
     _check_device("target", target, x)
+
+
+def _check_target_values(
+    target: torch.Tensor,  # [...]
+    V: int,
+    ignore_index: int,
+    backend: str,
+    group: VocabGroup | None,
+) -> None:
+    """Not where it would make the host wait for a GPU, unless asked for: the kernels give such a row nan. Beside a
+    group the host has waited already, and over slices only this tells who holds a target."""
     if torch.compiler.is_compiling() or target.is_meta:  # no values
+        return
+    asked = os.environ.get(CHECK_VARIABLE, "0") not in ("", "0")
+    if target.is_cuda and backend == "triton" and group is None and not asked:
         return
     wrong = (target != ignore_index) & ((target < 0) | (target >= V))
     if wrong.any():
-        hint = "" if split else " (is weight a slice of the vocabulary? Then give its process_group)"
+        hint = " (is weight a slice of the vocabulary? Then give its process_group)" if group is None else ""
         raise ValueError(
             f"target must be in [0, {V}) or ignore_index = {ignore_index}, got {target[wrong][0].item()}{hint}"
         )

@@ -15,7 +15,8 @@ have q = -1e30: finite, so 0 * d is 0 and not nan. Every split begins with a col
 The noise of a draw is a function of (row seed, column of the whole vocabulary): no tile shape, split or rank
 changes it. The bits are `tl.rand`'s, and log1p is Kahan's: large Gumbel numbers come from small uniforms.
 
-`combine_kernel`. One program joins the S splits of a few rows, in one load: S numbers a field and row.
+`combine_kernel`. One program joins the S splits of a few rows, in one load: S numbers a field and row. For a whole
+vocabulary it writes what the caller wants to know, for a rank's slice what the ranks exchange.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ import triton
 import triton.language as tl
 
 from refine_kernels.chips import Chip, chip_of
+from refine_kernels.linear_logprob import reference
 from refine_kernels.linear_logprob.chunked import Head
 from refine_kernels.linear_logprob.partials import Partials
 
 INTERPRETED = Chip("sm_90", 132)  # whose tiles are taken where kernels are interpreted
+NO_TOKEN: tl.constexpr = tl.constexpr(reference.NO_TOKEN)
 _COMBINE_ELEMENTS = 1024  # splits x rows that a program of `combine_kernel` holds
 
 
@@ -87,6 +90,33 @@ def combine_tile(splits: int) -> tuple[int, int]:
     return BS, min(_COMBINE_ELEMENTS // BS, 128)
 
 
+def outputs(
+    x: torch.Tensor,  # [N, D]
+    head: Head,  # of the whole vocabulary
+    target: torch.Tensor | None,  # [N]
+    seed: torch.Tensor | None,  # [N]
+    *,
+    ignore_index: int,
+    need_logprob: bool,
+    need_entropy: bool,
+    need_lse: bool,
+    sample: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-prob, entropy, lse and token of every row, each ``[N]``, or ``[0]`` where not needed.
+
+    A target that is neither a column nor ``ignore_index`` has log-prob nan.
+    """
+    N = len(x)
+    asked = [(need_logprob, torch.float32), (need_entropy, torch.float32), (need_lse, torch.float32)]
+    asked.append((sample, torch.int64))
+    found = tuple(torch.empty(N if need else 0, dtype=dtype, device=x.device) for need, dtype in asked)
+    logprob, entropy, lse, token = (x if need else None for x, (need, _) in zip(found, asked))
+    parts, splits = _parts(x, head, target, seed, 0, need_logprob, need_entropy, sample)
+    joined = Partials(lse, None, entropy, logprob, None, token)
+    _combine(parts, joined, N, splits, target, ignore_index, head.weight.shape[0])
+    return found
+
+
 def partials(
     x: torch.Tensor,  # [N, D]
     head: Head,
@@ -99,22 +129,41 @@ def partials(
     sample: bool,
 ) -> Partials:
     """What this slice of the vocabulary, from ``first_column`` on, says of every row."""
+    asked = (need_logprob, need_entropy, sample)
+    parts, splits = _parts(x, head, target, seed, first_column, *asked)
+    joined = _fields((len(x),), x.device, *asked)
+    _combine(parts, joined, len(x), splits, target)
+    return joined
+
+
+def _fields(
+    shape: tuple[int, ...], device: torch.device, need_logprob: bool, need_entropy: bool, sample: bool
+) -> Partials:
+    def new(need: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+        return torch.empty(shape, dtype=dtype, device=device) if need else None
+
+    return Partials(
+        new(True), new(True), new(need_entropy), new(need_logprob), new(sample), new(sample, torch.int64)
+    )
+
+
+def _parts(
+    x: torch.Tensor,  # [N, D]
+    head: Head,
+    target: torch.Tensor | None,  # [N]
+    seed: torch.Tensor | None,  # [N]
+    first_column: int,
+    need_logprob: bool,
+    need_entropy: bool,
+    sample: bool,
+) -> tuple[Partials, int]:  # [S, N] each, and S
+    """What `forward_kernel` keeps of every row: ``log_s`` and ``e`` are sums yet."""
     (N, D), V = x.shape, head.weight.shape[0]
     chip = chip_of(x.device) or INTERPRETED
     tile = choose_tile(N, x.dtype, seed is not None, chip)
     row_tiles, vocab_tiles = triton.cdiv(N, tile.rows), triton.cdiv(V, tile.columns)
     splits = choose_splits(row_tiles, vocab_tiles, chip.multiprocessors)
-
-    def fields(*shape: int) -> Partials:
-        def new(need: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
-            return torch.empty(shape, dtype=dtype, device=x.device) if need else None
-
-        return Partials(
-            new(True), new(True), new(need_entropy), new(need_logprob), new(sample), new(sample, torch.int64)
-        )
-
-    parts, joined = fields(splits, N), fields(N)
-    BS, BR = combine_tile(splits)
+    parts = _fields((splits, N), x.device, need_logprob, need_entropy, sample)
     with torch.cuda.device_of(x):
         forward_kernel[(row_tiles * splits,)](
             x, head.weight, head.bias, target, seed, *parts,
@@ -123,10 +172,24 @@ def partials(
             D=D, HAS_SOFTCAP=head.softcap is not None, **tile.constants,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
+    return parts, splits
+
+
+def _combine(
+    parts: Partials,  # [S, N] each
+    joined: Partials,  # [N] each, out
+    N: int,
+    splits: int,
+    target: torch.Tensor | None,  # [N]
+    ignore_index: int = 0,
+    V: int = 0,  # of the whole vocabulary, whose outputs are written; 0: a slice's partials are
+) -> None:
+    BS, BR = combine_tile(splits)
+    with torch.cuda.device_of(parts.m):
         combine_kernel[(triton.cdiv(N, BR),)](
-            *parts, *joined, N, splits, DRAWN=target is None, BS=BS, BR=BR, num_warps=4
-        )
-    return joined
+            *parts, *joined, target, N, splits, V, ignore_index,
+            DRAWN=target is None, WHOLE=V > 0, BS=BS, BR=BR, num_warps=4,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -311,7 +374,7 @@ def forward_kernel(
         tl.store(token + p_o, b_token, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "S"])
+@triton.jit(do_not_specialize=["N", "S", "V", "ignore_index"])
 def combine_kernel(
     m,  # [S, N]
     s,  # [S, N]
@@ -319,15 +382,19 @@ def combine_kernel(
     q_y,  # [S, N] or None
     best,  # [S, N] or None
     token,  # [S, N] or None
-    m_out,  # [N] out
-    log_s_out,  # [N] out
-    e_out,  # [N] out, or None
-    q_y_out,  # [N] out, or None
-    best_out,  # [N] out, or None
+    m_out,  # [N] out; WHOLE: lse, or None
+    log_s_out,  # [N] out; WHOLE: None
+    e_out,  # [N] out, or None; WHOLE: entropy
+    q_y_out,  # [N] out, or None; WHOLE: log-prob
+    best_out,  # [N] out, or None; WHOLE: None
     token_out,  # [N] out, or None
+    target,  # [N] or None
     N,
     S,
+    V,
+    ignore_index,
     DRAWN: tl.constexpr,
+    WHOLE: tl.constexpr,
     BS: tl.constexpr,
     BR: tl.constexpr,
 ):
@@ -342,17 +409,24 @@ def combine_kernel(
     b_step = b_m - b_top[None, :]
     b_a = tl.exp(b_step)
     b_sum = tl.sum(b_a * b_s, 0)
-    tl.store(m_out + o_r, b_top, mask=inside)
-    tl.store(log_s_out + o_r, tl.log(b_sum), mask=inside)
+    b_log_s = tl.log(b_sum)
+    b_lse = b_top + b_log_s
+    if m_out is not None:
+        tl.store(m_out + o_r, b_lse if WHOLE else b_top, mask=inside)
+    if log_s_out is not None:
+        tl.store(log_s_out + o_r, b_log_s, mask=inside)
     if t is not None:
         b_t = tl.load(t + p_i, mask=there, other=0.0)
-        b_t = tl.sum(b_a * (b_t + b_step * b_s), 0)
-        tl.store(e_out + o_r, b_t / b_sum, mask=inside)
+        b_e = tl.sum(b_a * (b_t + b_step * b_s), 0) / b_sum
+        tl.store(e_out + o_r, b_log_s - b_e if WHOLE else b_e, mask=inside)
     if best is not None:
         b_best, i_best = tl.max(tl.load(best + p_i, mask=there, other=float("-inf")), 0, return_indices=True)
         won = o_s[:, None] == i_best[None, :]
         b_token = tl.sum(tl.where(won, tl.load(token + p_i, mask=there, other=0), 0), 0)
-        tl.store(best_out + o_r, b_best, mask=inside)
+        if WHOLE:
+            b_token = tl.where(tl.abs(b_lse) < float("inf"), b_token, NO_TOKEN)  # nan is not less either
+        else:
+            tl.store(best_out + o_r, b_best, mask=inside)
         tl.store(token_out + o_r, b_token, mask=inside)
     if q_y is not None:
         b_qy = tl.load(q_y + p_i, mask=there, other=float("-inf"))
@@ -360,4 +434,10 @@ def combine_kernel(
             b_qy = tl.sum(tl.where(won, b_qy, 0.0), 0)
         else:
             b_qy = tl.max(b_qy, 0)
+        if WHOLE:
+            b_qy = b_qy - b_top - b_log_s
+            if not DRAWN:
+                b_y = tl.load(target + o_r, mask=inside, other=0)
+                b_qy = tl.where((b_y >= 0) & (b_y < V), b_qy, float("nan"))
+                b_qy = tl.where(b_y == ignore_index, 0.0, b_qy)
         tl.store(q_y_out + o_r, b_qy, mask=inside)

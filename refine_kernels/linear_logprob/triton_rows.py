@@ -1,13 +1,17 @@
 """A chunk of materialised logits, turned into its own gradient while log-prob and entropy are read off.
 
-`gradient_kernel`. One program owns a row q [V] of a chunk. It reads the row twice (the chunk is small enough to
-stay in L2): once for max, sum and mean by the recurrence of `triton_forward.py`, once to write
+`gradient_kernel`. One program owns a row q [V] of a chunk. It reads the row twice: once for
+max, sum and mean by the recurrence of `triton_forward.py`, once to write
 
     dz = p (g_lse - g_lp - g_H (log p + H)) + g_lp 1_y        times (1 - tanh^2) / temperature
 
 in the dtype that the next products take. For float32 it may write over q itself: element by element the same
 thread reads, then writes. Where lse is given (a row of which other ranks hold the rest), the first reading is
 left out, and so it is where no gradient is wanted the second.
+
+What is known of a row is read and written at its place among the N, so nothing is gathered before or after. A row
+whose upstream gradients are all zero has dz 0 and log-prob 0, whatever its logits are; a target that is no column
+makes the row's log-prob and dz nan.
 """
 
 from __future__ import annotations
@@ -33,21 +37,23 @@ def gradient(
     dz: torch.Tensor | None,  # [R, V] out, float32 (may be q itself) or a half precision
     head: Head,
     *,
-    target: torch.Tensor,  # [R], columns of this slice; none of its own where there is no target here
-    g_logprob: torch.Tensor,  # [R]
-    g_entropy: torch.Tensor | None = None,  # [R]
-    g_lse: torch.Tensor | None = None,  # [R]
-    lse: torch.Tensor | None = None,  # [R] of the whole vocabulary; None: of this slice, computed here
-    row_entropy: torch.Tensor | None = None,  # [R] beside lse
-    logprob: torch.Tensor | None = None,  # [R] out
-    entropy: torch.Tensor | None = None,  # [R] out
+    first: int,  # the chunk is rows first to first + R of the N, or of `rows`
+    rows: torch.Tensor | None,  # [n] which of the N; None: all
+    target: torch.Tensor,  # [N], columns of this slice; none of its own where there is no target here
+    g_logprob: torch.Tensor,  # [N]
+    g_entropy: torch.Tensor | None = None,  # [N]
+    g_lse: torch.Tensor | None = None,  # [N]
+    lse: torch.Tensor | None = None,  # [N] of the whole vocabulary; None: of this slice, computed here
+    row_entropy: torch.Tensor | None = None,  # [N] beside lse
+    logprob: torch.Tensor | None = None,  # [N] out, at the chunk's rows
+    entropy: torch.Tensor | None = None,  # [N] out, at the chunk's rows
 ) -> None:
-    """dz of a chunk of R rows, and what was asked for of their statistics."""
+    """dz of a chunk of R rows, and what was asked for of their statistics. All ``[N]`` are contiguous."""
     R, V = q.shape
     with torch.cuda.device_of(q):
         gradient_kernel[(R,)](
-            q, dz, head.bias, target, g_logprob, g_entropy, g_lse, lse, row_entropy, logprob, entropy,
-            V, 1.0 / head.temperature, head.softcap or 1.0,
+            q, dz, head.bias, rows, target, g_logprob, g_entropy, g_lse, lse, row_entropy, logprob, entropy,
+            first, V, 1.0 / head.temperature, head.softcap or 1.0,
             HAS_SOFTCAP=head.softcap is not None, BV=columns_of(V), num_warps=WARPS, num_stages=1,
         )  # fmt: skip
 
@@ -63,19 +69,21 @@ def _scaled_logits(p_q, o_v, bias, V, inv_temperature, softcap, HAS_SOFTCAP: tl.
     return tl.where(o_v < V, b_q * inv_temperature, -1e30)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def gradient_kernel(
     q,  # [R, V]
     dz,  # [R, V] out, or None
     bias,  # [V] or None
-    target,  # [R]
-    g_logprob,  # [R]
-    g_entropy,  # [R] or None
-    g_lse,  # [R] or None
-    lse,  # [R] or None
-    row_entropy,  # [R] or None
-    logprob,  # [R] out, or None
-    entropy,  # [R] out, or None
+    rows,  # [n] or None
+    target,  # [N]
+    g_logprob,  # [N]
+    g_entropy,  # [N] or None
+    g_lse,  # [N] or None
+    lse,  # [N] or None
+    row_entropy,  # [N] or None
+    logprob,  # [N] out, or None
+    entropy,  # [N] out, or None
+    first,
     V,
     inv_temperature,
     softcap,
@@ -85,15 +93,27 @@ def gradient_kernel(
     i_r = tl.program_id(0)
     p_q = q + i_r.to(tl.int64) * V
     o_c = tl.arange(0, BV)
-    i_y = tl.load(target + i_r)
+    i_n = (first + i_r).to(tl.int64)
+    if rows is not None:
+        i_n = tl.load(rows + i_n)
+    i_y = tl.load(target + i_n)
+    b_glp = tl.load(g_logprob + i_n)
+    live = b_glp != 0
+    if g_entropy is not None:
+        live = live | (tl.load(g_entropy + i_n) != 0)
+    if g_lse is not None:
+        live = live | (tl.load(g_lse + i_n) != 0)
+    if lse is None:  # this is the whole vocabulary: no other rank has the target
+        held = (i_y >= 0) & (i_y < V)
+        b_glp = tl.where(held, b_glp, float("nan"))
 
     if lse is not None:
         # d is taken from lse itself: log p = q - lse
-        b_m = tl.load(lse + i_r)
+        b_m = tl.load(lse + i_n)
         b_log_s = b_m * 0
         b_h = b_log_s
         if row_entropy is not None:
-            b_h = tl.load(row_entropy + i_r)
+            b_h = tl.load(row_entropy + i_n)
     else:
         b_m = tl.full([1], -1e30, tl.float32)
         b_s = tl.zeros([1], tl.float32)
@@ -113,25 +133,26 @@ def gradient_kernel(
         b_log_s = tl.log(b_s)
         b_h = b_log_s - b_t / b_s
         if logprob is not None:
-            tl.store(logprob + i_r + tl.arange(0, 1), b_qy - b_m - b_log_s)
+            b_logprob = tl.where(held, b_qy - b_m - b_log_s, float("nan"))
+            tl.store(logprob + i_n + tl.arange(0, 1), tl.where(live, b_logprob, 0.0))
         if entropy is not None:
-            tl.store(entropy + i_r + tl.arange(0, 1), b_h)
+            tl.store(entropy + i_n + tl.arange(0, 1), b_h)
 
     if dz is not None:
         p_dz = dz + i_r.to(tl.int64) * V
-        b_glp = tl.load(g_logprob + i_r)
         b_g = -b_glp
         if g_lse is not None:
-            b_g += tl.load(g_lse + i_r)
+            b_g += tl.load(g_lse + i_n)
         for i_v in range(0, V, BV):
             o_v = i_v + o_c
             b_q = _scaled_logits(p_q, o_v, bias, V, inv_temperature, softcap, HAS_SOFTCAP)
             b_log_p = (b_q - b_m) - b_log_s
             b_factor = b_g
             if g_entropy is not None:
-                b_factor = b_g - tl.load(g_entropy + i_r) * (b_log_p + b_h)
+                b_factor = b_g - tl.load(g_entropy + i_n) * (b_log_p + b_h)
             b_dz = tl.exp(b_log_p) * b_factor + tl.where(o_v == i_y, b_glp, 0.0)
             if HAS_SOFTCAP:
                 b_tanh = b_q / (inv_temperature * softcap)
                 b_dz *= 1.0 - b_tanh * b_tanh
-            tl.store(p_dz + o_v, (b_dz * inv_temperature).to(dz.dtype.element_ty), mask=o_v < V)
+            b_dz = tl.where(live, b_dz * inv_temperature, 0.0)
+            tl.store(p_dz + o_v, b_dz.to(dz.dtype.element_ty), mask=o_v < V)

@@ -58,13 +58,14 @@ def _forward(
     noise: bool, *, capped: bool = False,
 ) -> None:  # fmt: skip
     whole = torch.empty(N, dtype=torch.int64, device="meta")
-    triton_forward.partials(
+    triton_forward.outputs(
         torch.empty(N, D, dtype=dtype, device="meta"), _head(D, V, dtype, capped), whole if targets else None,
-        whole if noise else None, first_column=0, need_logprob=logprob, need_entropy=entropy, sample=sample,
+        whole if noise else None, ignore_index=-100, need_logprob=logprob, need_entropy=entropy, need_lse=False,
+        sample=sample,
     )  # fmt: skip
 
 
-def _gradient(V: int, dtype: torch.dtype, name: str, R: int = 256) -> None:
+def _gradient(V: int, dtype: torch.dtype, name: str, R: int = 512) -> None:
     number = torch.empty(R, device="meta")
     optional = {
         "dense": ("logprob", "entropy"),
@@ -73,6 +74,6 @@ def _gradient(V: int, dtype: torch.dtype, name: str, R: int = 256) -> None:
     }[name]
     q = torch.empty(R, V, device="meta")
     triton_rows.gradient(
-        q, q.to(dtype), _head(1, V, dtype, name != "dense"), target=number.long(), g_logprob=number,
-        **dict.fromkeys(optional, number),
+        q, q.to(dtype), _head(1, V, dtype, name != "dense"), first=0, target=number.long(), g_logprob=number,
+        rows=None if name == "dense" else number.long(), **dict.fromkeys(optional, number),
     )  # fmt: skip

@@ -159,6 +159,10 @@ def test_lact(widths, tokens, chunk, prenorm, muon):
 # ---- the LM head -----------------------------------------------------------------------------------------
 
 
+ON_DEVICE = pytest.mark.usefixtures("default_device")
+
+
+@ON_DEVICE
 @pytest.mark.parametrize(("N", "D", "V"), [(5, 60, 300), (33, 60, 7), (70, 100, 300)])
 def test_linear_logprob(N, D, V):
     """A tile for few rows, for more and for many; values in float32, gradients rounded once."""
@@ -181,6 +185,7 @@ def test_linear_logprob(N, D, V):
         assert error <= min(plain_error, 5e-3 if name.startswith("d") else 1e-5), f"{name} {error:.1e}"
 
 
+@ON_DEVICE
 @pytest.mark.parametrize("N", [5, 70])
 def test_draws(N):
     """The logits are the same numbers as the PyTorch path's, so are the tokens."""
@@ -190,6 +195,7 @@ def test_draws(N):
     assert torch.equal(found.token, linear_logprob(x, weight, target, backend="torch", **ask).token)
 
 
+@ON_DEVICE
 def test_cross_entropy():
     x, weight, _, target = make_head(40, 60, 300, dtype=torch.bfloat16)
     loss = linear_cross_entropy(x, weight, target, backend="triton")

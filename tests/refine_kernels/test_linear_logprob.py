@@ -467,14 +467,15 @@ def test_compile():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor made."""
+    """Records the number of elements of the largest tensor made, but for bytes, as which Triton's interpreter moves
+    a kernel's arguments. What is inside of a custom op it does not see."""
 
     numel = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype != torch.uint8:
                 self.numel = max(self.numel, tensor.numel())
         return out
 

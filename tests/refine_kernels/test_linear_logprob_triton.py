@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from refine_kernels.linear_logprob import linear_cross_entropy, linear_logprob, reference, row_seeds
 from tests.numerics import assert_close, relative_error
@@ -21,12 +22,13 @@ from tests.refine_kernels.test_linear_logprob import (
 )
 
 triton_forward = pytest.importorskip("refine_kernels.linear_logprob.triton_forward")
-from refine_kernels.linear_logprob import fused  # noqa: E402
+from refine_kernels.linear_logprob import fused, op, triton_rows  # noqa: E402
+from refine_kernels.linear_logprob.chunked import Upstream  # noqa: E402
 
 Tile = triton_forward.Tile
 
 pytestmark = [
-    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.usefixtures("interpreter", "default_device"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of masked lanes
 ]
 TRITON = {"backend": "triton"}
@@ -34,9 +36,8 @@ TRITON = {"backend": "triton"}
 
 @pytest.fixture
 def small_panels(monkeypatch):
-    """Panels of 6 rows and chunks of 4 or 6, whatever V."""
-    monkeypatch.setattr(fused, "ROW_MULTIPLE", 2)
-    monkeypatch.setattr(fused, "rows_of", lambda nbytes, _: 6 if nbytes == fused.PANEL_BYTES else 4)
+    """Panels of 6 rows and chunks of 4, whatever V."""
+    monkeypatch.setattr(fused, "chunk_and_panel", lambda *_: (4, 6))
 
 
 def use_tile(monkeypatch, tile, splits):
@@ -298,36 +299,135 @@ def test_splits_are_whole_and_busy(row_tiles, vocab_tiles, programs):
 def test_memory_at_the_shape_of_the_goal():
     """Scratch of a bfloat16 step with gradients at N = 16384, D = 2048, V = 32000, in bytes."""
     N, D, V = 16384, 2048, 32000
-    chunk = fused.rows_of(fused.CHUNK_BYTES, V * 4) * V * 4
-    rows = fused.rows_of(fused.PANEL_BYTES, V * 2)
-    panel = rows * (V * 2 + D * (2 + 4))  # dz, its rows of x, and of dx before they are put in place
+    chunk, rows = fused.chunk_and_panel(V, D, torch.bfloat16)
+    logits, panel = chunk * V * 4, rows * (V * 2 + D * 2)  # dz and its rows of x
+    assert logits >= rows * D * 4  # of dx before they are put in place: where the logits were
     sums, cublas, row_numbers = 4 * V * D + 4 * N * D, 32 << 20, 20 * N * 8
-    assert chunk + panel + sums + cublas + row_numbers < 600e6
+    assert logits + panel + sums + cublas + row_numbers < 600e6
+
+
+@pytest.mark.parametrize(("D", "V"), [(60, 997), (2048, 32000), (4096, 131072), (1024, 151936)])
+def test_products_of_whole_tiles_that_do_not_wait_for_the_weight(D, V):
+    for dtype in (torch.bfloat16, torch.float32):
+        chunk, panel = fused.chunk_and_panel(V, D, dtype)
+        assert chunk >= 512 and panel >= chunk and chunk % 128 == panel % 128 == 0
+        assert chunk == 512 or chunk * V * 4 <= fused.CHUNK_BYTES
+        assert panel == chunk or panel * V * dtype.itemsize <= max(fused.PANEL_BYTES, V * D)
 
 
 def test_no_logits_beyond_a_panel(small_panels):
     N, D, V = 60, 8, 300
-    x, weight, _, target = make_head(N, D, V)
-    with LargestTensor() as largest:
-        linear_cross_entropy(x, weight, target, return_entropy=True, **TRITON)[0].backward()
-        out = linear_logprob(x, weight, target, return_entropy=True, sample=True, seed=1, **TRITON)
-        (out.logprob + out.entropy).sum().backward()
-    assert largest.numel == V * D  # dW; a panel has 6 V
+    x, weight, _, target = make_head(N, D, V, requires_grad=False)
+    head, ones = fused.head_of(x, weight, None, None), torch.ones(N)
+    ask = {"need_logprob": True, "need_entropy": True, "need_lse": True, "sample": True, "greedy": False}
+    needs = {"ignore_index": IGNORE, "needs": (True, True, True)}
+    for ignored in (0, 20):
+        target[:ignored] = IGNORE
+        with LargestTensor() as largest:
+            fused.forward(x, head, target, torch.arange(N), ignore_index=IGNORE, **ask)
+            fused.backward(x, head, target, Upstream(ones, None, None, None), **needs)
+            fused.loss_and_gradients(x, head, target, ones, need_entropy=True, **needs)
+        assert largest.numel == V * D  # dW; a panel has 6 V
 
 
-def test_rows_without_a_gradient_cost_nothing(monkeypatch):
+@pytest.fixture
+def rows_worked_on(monkeypatch):
+    """For each chunk of logits its rows."""
+    seen, gradient = [], triton_rows.gradient
+
+    def recorded(q, dz, head, *, first, rows, **others):
+        place = torch.arange(first, first + len(q), device=q.device)
+        seen.append((place if rows is None else rows[place]).tolist())
+        return gradient(q, dz, head, first=first, rows=rows, **others)
+
+    monkeypatch.setattr(triton_rows, "gradient", recorded)
+    return seen
+
+
+def test_rows_without_a_gradient_cost_nothing(rows_worked_on, small_panels):
     x, weight, _, target = make_head(20, 8, 11)
-    seen = []
-    panels = fused._panels
-
-    def recorded(x, head, rows, dtype):
-        seen.append(rows.tolist())
-        return panels(x, head, rows, dtype)
-
-    monkeypatch.setattr(fused, "_panels", recorded)
     logprob = linear_logprob(x, weight, target, **TRITON).logprob
     logprob[torch.tensor([3, 17])].sum().backward()
-    assert seen == [[3, 17]]
+    assert rows_worked_on == [[3, 17]]
+    rows_worked_on.clear()
+    target[1:14] = IGNORE
+    linear_cross_entropy(x, weight, target, **TRITON)
+    assert rows_worked_on == [[0, 14, 15, 16, 17, 18], [19]]
+    rows_worked_on.clear()
+    target[:] = IGNORE
+    linear_cross_entropy(x, weight, target, return_entropy=True, **TRITON)
+    assert rows_worked_on == []
+
+
+@pytest.mark.parametrize("ignored", [[], [20]])
+def test_nothing_is_gathered_where_nearly_all_rows_have_a_gradient(rows_worked_on, small_panels, ignored):
+    x, weight, _, target = make_head(34, 8, 11, requires_grad=False)
+    target[ignored] = IGNORE
+    head, ones = fused.head_of(x, weight, None, None), torch.ones(34)
+    needs = {"ignore_index": IGNORE, "needs": (True, True, True)}
+    with Indexed() as indexed:
+        fused.loss_and_gradients(x, head, target, ones, need_entropy=True, **needs)
+        fused.backward(x, head, target, Upstream(ones, ones, ones, ones), **needs)
+    assert indexed.found == []
+    assert [row for chunk in rows_worked_on for row in chunk] == 2 * list(range(34))
+    target[:10] = IGNORE
+    with Indexed() as indexed:
+        fused.loss_and_gradients(x, head, target, ones, need_entropy=True, **needs)
+    assert "sort" in indexed.found and "index" in indexed.found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_ignored_row_of_nan_among_many_reaches_nothing(small_panels, dtype):
+    """It is worked on like the others, and neither it nor a sum has anything of it."""
+    x, weight, bias, target = make_head(34, 8, 11, dtype=dtype)
+    exact = as_float64(x, weight, bias)
+    target[20] = IGNORE
+    expected = reference.linear_cross_entropy(*exact[:2], target, bias=exact[2], return_entropy=True)
+    truth = torch.autograd.grad(expected[0], exact)
+    with torch.no_grad():
+        x[20] = float("nan")
+    loss, entropy = linear_cross_entropy(x, weight, target, bias=bias, return_entropy=True, **TRITON)
+    out = linear_logprob(x, weight, target, bias=bias, return_entropy=True, **TRITON)
+    assert_close(loss, expected[0], 1e-6)
+    assert out.logprob[20] == 0 and out.logprob.isfinite().all()
+    for values in (entropy, out.entropy):
+        assert values.isnan().nonzero().flatten().tolist() == [20]
+        assert_close(values[target >= 0], expected[1][target >= 0], 1e-6)
+    for total in (loss, -out.logprob.sum() / 33):
+        for g, e in zip(torch.autograd.grad(total, (x, weight, bias)), truth):
+            assert_close(g, e, 1e-5 if dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("wrong", [-1, 11, 2**40])
+def test_a_target_that_is_no_column_gives_nan(wrong, monkeypatch):
+    """What the kernels do where values are not looked at beforehand."""
+    monkeypatch.setattr(op, "_check_target_values", lambda *_: None)
+    x, weight, _, target = make_head(20, 8, 11)
+    target[3] = wrong
+    out = linear_logprob(x, weight, target, return_entropy=True, **TRITON)
+    dx = torch.autograd.grad(out.logprob.sum(), x)[0]
+    loss, entropy = linear_cross_entropy(x, weight, target, return_entropy=True, **TRITON)
+    dx_dense = torch.autograd.grad(loss, x)[0]
+    for value in (out.logprob, dx, dx_dense):
+        assert value.isnan().reshape(20, -1).any(1).nonzero().flatten().tolist() == [3]
+    assert loss.isnan() and entropy.isfinite().all() and out.entropy.isfinite().all()
+    with torch.no_grad():
+        assert linear_cross_entropy(x, weight, target, **TRITON).isnan()
+        assert linear_cross_entropy(x, weight, target, return_entropy=True, **TRITON)[0].isnan()
+
+
+class Indexed(TorchDispatchMode):
+    """Notes operations that gather, scatter, sort or read a tensor back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.partition(".")[0]
+        if any(part in name for part in ("index", "nonzero", "sort", "gather", "scatter", "is_all_true")):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
 
 
 def test_opcheck():
