@@ -30,6 +30,7 @@ import triton.language as tl
 from refine_kernels.chips import Chip, chip_of
 from refine_kernels.linear_logprob.chunked import Head
 from refine_kernels.linear_logprob.partials import Partials
+from refine_kernels.sizes import ceil_div, power_of_two
 
 INTERPRETED = Chip("sm_90", 132)  # whose tiles are taken where kernels are interpreted
 _COMBINE_ELEMENTS = 1024  # splits x rows that a program of `combine_kernel` holds
@@ -83,7 +84,7 @@ def choose_splits(row_tiles: int, vocab_tiles: int, programs: int) -> int:
 
 def combine_tile(splits: int) -> tuple[int, int]:
     """Splits and rows that a program of `combine_kernel` holds."""
-    BS = triton.next_power_of_2(splits)
+    BS = power_of_two(splits)
     return BS, min(_COMBINE_ELEMENTS // BS, 128)
 
 
@@ -102,7 +103,7 @@ def partials(
     (N, D), V = x.shape, head.weight.shape[0]
     chip = chip_of(x.device) or INTERPRETED
     tile = choose_tile(N, x.dtype, seed is not None, chip)
-    row_tiles, vocab_tiles = triton.cdiv(N, tile.rows), triton.cdiv(V, tile.columns)
+    row_tiles, vocab_tiles = ceil_div(N, tile.rows), ceil_div(V, tile.columns)
     splits = choose_splits(row_tiles, vocab_tiles, chip.multiprocessors)
 
     def fields(*shape: int) -> Partials:
@@ -118,12 +119,12 @@ def partials(
     with torch.cuda.device_of(x):
         forward_kernel[(row_tiles * splits,)](
             x, head.weight, head.bias, target, seed, *parts,
-            N, V, first_column, row_tiles, triton.cdiv(vocab_tiles, splits),
+            N, V, first_column, row_tiles, ceil_div(vocab_tiles, splits),
             1.0 / head.temperature, head.softcap or 1.0,
             D=D, HAS_SOFTCAP=head.softcap is not None, **tile.constants,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-        combine_kernel[(triton.cdiv(N, BR),)](
+        combine_kernel[(ceil_div(N, BR),)](
             *parts, *joined, N, splits, DRAWN=target is None, BS=BS, BR=BR, num_warps=4
         )
     return joined
