@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
-import triton
 
 from refine_kernels.chips import chip_of
+from refine_kernels.sizes import power_of_two
 
 GROUP_TOKENS = 512  # from one kept state to the next
 FEW = 64  # rows x heads that do not occupy a GPU
@@ -46,6 +47,7 @@ class Tiles(NamedTuple):
     gradient: GradientTile
 
 
+@functools.cache
 def choose_tiles(
     kd: int, vd: int, itemsize: int, gated: bool, *, few: bool = False, tensor_memory: bool = False
 ) -> Tiles:
@@ -68,7 +70,7 @@ def choose_tiles(
 
 def block(size: int) -> int:
     """The power of two that holds a head size; a tensor-core product takes no less than 16."""
-    return max(triton.next_power_of_2(size), 16)
+    return max(power_of_two(size), 16)
 
 
 def has_tensor_memory(device: torch.device) -> bool:
