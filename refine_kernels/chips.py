@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -31,9 +32,13 @@ _assumed: Chip | None = None
 
 def chip_of(device: torch.device) -> Chip | None:
     """The chip that ``device`` is; elsewhere the assumed one; ``None`` where kernels are interpreted."""
-    if device.type != "cuda":
-        return _assumed
-    properties = torch.cuda.get_device_properties(device)
+    return _assumed if device.type != "cuda" else _chip_of_gpu(device.index)
+
+
+@functools.cache
+def _chip_of_gpu(index: int | None) -> Chip:
+    """Asked once: it stays what it is, and asking takes microseconds at every launch."""
+    properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         name = properties.gcnArchName.partition(":")[0]
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
@@ -334,6 +335,7 @@ def _recurrent_op(call: RecurrentCall) -> tuple[torch.Tensor, torch.Tensor]:
     return o, _no_state(call, 0) if final_state is None else final_state
 
 
+@functools.cache
 def _implementation(backend: str) -> ModuleType:
     return importlib.import_module(IMPLEMENTATIONS[backend])
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
-import triton
 
 from refine_kernels.chips import chip_of
+from refine_kernels.sizes import power_of_two
 
 GROUP_TOKENS = 512  # from one kept state to the next
 FEW = 64  # rows x heads that do not occupy a GPU
@@ -24,14 +25,13 @@ class Tile(NamedTuple):
 
 
 class GradientTile(NamedTuple):
-    """How ``gradient_kernel`` is cut: columns of K a program owns, columns of V at a time; warps, loads in flight,
-    and the registers that a thread may take (0: as many as there are)."""
+    """How ``gradient_kernel`` is cut: columns of K a program owns, columns of V at a time; warps and loads in
+    flight."""
 
     bk: int
     bv: int
     num_warps: int
     num_stages: int
-    registers: int = 0
 
 
 class Tiles(NamedTuple):
@@ -46,6 +46,7 @@ class Tiles(NamedTuple):
     gradient: GradientTile
 
 
+@functools.cache
 def choose_tiles(
     kd: int, vd: int, itemsize: int, gated: bool, *, few: bool = False, tensor_memory: bool = False
 ) -> Tiles:
@@ -60,13 +61,14 @@ def choose_tiles(
     large = bk == 128
     scan = Tile(min(whole, 32 if large or few else 64), 4, 2)
     alone = Tile(scan.bv, 4, 1)
-    gradient = GradientTile(bk, min(whole, 64), 8, 1)
+    # Four warps: a product of 64 rows stays in one warpgroup, two programs fit a multiprocessor, half the barriers
+    gradient = GradientTile(min(bk, 64), min(whole, 64 if gated else 32), 4, 1)
     return Tiles(64, alone, scan, scan, alone, Tile(min(whole, 64), 4, 2), gradient)
 
 
 def block(size: int) -> int:
     """The power of two that holds a head size; a tensor-core product takes no less than 16."""
-    return max(triton.next_power_of_2(size), 16)
+    return max(power_of_two(size), 16)
 
 
 def has_tensor_memory(device: torch.device) -> bool:

@@ -24,10 +24,10 @@ known to get the former wrong on Hopper): ``gradient_kernel`` multiplies U and d
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from refine_kernels.delta_rule.reference import L2_NORM_EPS
 from refine_kernels.delta_rule.tiles import (
@@ -46,6 +46,7 @@ from refine_kernels.delta_rule.tiles import (
 )
 from refine_kernels.delta_rule.triton_gradient import gradient_kernel, states_kernel
 from refine_kernels.delta_rule.triton_scan import inverse_kernel, join_kernel, reverse_kernel, scan_kernel
+from refine_kernels.sizes import ceil_div
 
 # ---------------------------------------------------------------------------------------------------------
 # Launching
@@ -76,11 +77,11 @@ def forward(
         longest = q.shape[1] if cu_seqlens is None else int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
         most = -(-longest // state_stride)
     o = torch.empty_like(v)
-    new_states = torch.empty if cu_seqlens is None else torch.zeros  # some places belong to no sequence
-    states = new_states(plan.rows, most, h, kd, vd, dtype=torch.float32, device=q.device)
+    new_states = q.new_empty if cu_seqlens is None else q.new_zeros  # some places belong to no sequence
+    states = new_states((plan.rows, most, h, kd, vd), dtype=torch.float32)
     final_state = states.new_empty(plan.rows if output_final_state else 0, h, kd, vd)
     groups = checkpoint_count(v, cu_seqlens) if for_backward else 0
-    checkpoints = new_states(groups, b, h, kd, vd, dtype=torch.float32, device=q.device)
+    checkpoints = new_states((groups, b, h, kd, vd), dtype=torch.float32)
     kept = q.new_empty(kept_count(q, v, g) if for_backward else 0)
     if b * h == 0:
         return o, final_state, states, checkpoints, kept
@@ -171,7 +172,7 @@ def backward(
     )  # fmt: skip
 
     tile = plan.tiles.gradient
-    blocks = triton.cdiv(kd, tile.bk)
+    blocks = ceil_div(kd, tile.bk)
     sums = q.new_empty(blocks, 1 if g is None else 2, *beta.shape, dtype=torch.float32)
     by_value_heads = [dq, dk]
     if plan.repeat > 1:
@@ -184,8 +185,9 @@ def backward(
     )  # fmt: skip
     if plan.repeat > 1:
         dq, dk = (x.unflatten(2, (-1, plan.repeat)).sum(3).to(q.dtype) for x in by_value_heads)
-    dbeta = sums[:, 0].sum(0).to(beta.dtype)
-    dg = q.new_empty(0) if g is None else sums[:, 1].sum(0).to(g.dtype)
+    sums = sums.sum(0)
+    dbeta = sums[0].to(beta.dtype, copy=True)  # results of an operator share no memory
+    dg = q.new_empty(0) if g is None else sums[1].to(g.dtype, copy=True)
     return dq, dk, dv, dbeta, dg, d_initial
 
 
@@ -211,11 +213,11 @@ def kept_count(q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None) -> int:
     """Numbers of q's dtype that ``forward`` keeps for the backward beside states: with g its running sums, two
     float32 a token and value head; norms, two float32 a token and key head; U [B, T, HV, V] and M [B, T, HV, C]."""
     tensor_memory = has_tensor_memory(q.device)
-    tiles = choose_tiles(
-        q.shape[-1], v.shape[-1], q.element_size(), g is not None, tensor_memory=tensor_memory
-    )
+    kd, vd = int(q.shape[-1]), int(v.shape[-1])
+    tiles = choose_tiles(kd, vd, q.element_size(), g is not None, tensor_memory=tensor_memory)
     sums = 0 if g is None else _pairs_count(v)
-    return sums + _pairs_count(q) + v.shape[0] * v.shape[1] * v.shape[2] * (v.shape[-1] + tiles.chunk)
+    rest = v.shape[0] * v.shape[1] * v.shape[2] * (v.shape[-1] + tiles.chunk)
+    return sums + _pairs_count(q) + rest + rest % 2  # all of it can be viewed as float32
 
 
 def _pairs_count(x: torch.Tensor) -> int:
@@ -228,14 +230,22 @@ def _kept(
     kept: torch.Tensor, q: torch.Tensor, v: torch.Tensor, plan: _Plan, gated: bool
 ) -> tuple[torch.Tensor | None, ...]:
     """Running sums of g, norms, U and M, as views."""
-    pairs = []
-    for x in (v, q) if gated else (q,):
-        tokens, count = x.shape[:3], _pairs_count(x)
-        pairs.append(kept[:count].view(torch.float32)[: 2 * tokens.numel()].view(2, *tokens))
-        kept = kept[count:]
-    norms = pairs[-1] if plan.l2norm else None
-    u, inverse = kept[: v.numel()].view(v.shape), kept[v.numel() :].view(*v.shape[:3], plan.chunk)
-    return pairs[0] if gated else None, norms, u, inverse
+    (b, t, h, vd), key_heads = v.shape, q.shape[2]
+    start = _pairs_count(v) if gated else 0  # of the norms
+    end = start + _pairs_count(q)
+    decays = norms = None
+    if gated or plan.l2norm:
+        pairs = kept.view(torch.float32)
+        decays = _part(pairs, 0, 2, b, t, h) if gated else None
+        start = start * kept.element_size() // pairs.element_size()
+        norms = _part(pairs, start, 2, b, t, key_heads) if plan.l2norm else None
+    u, inverse = _part(kept, end, b, t, h, vd), _part(kept, end + v.numel(), b, t, h, plan.chunk)
+    return decays, norms, u, inverse
+
+
+def _part(kept: torch.Tensor, start: int, a: int, b: int, c: int, d: int) -> torch.Tensor:
+    """``[a, b, c, d]`` from place ``start`` on, in one operation: slices and views take as long as a launch."""
+    return kept.as_strided((a, b, c, d), (b * c * d, c * d, d, 1), kept.storage_offset() + start)
 
 
 def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -255,8 +265,6 @@ class _Plan(NamedTuple):
     repeat: int  # value heads that share a key head
     kd: int
     vd: int
-    all: int  # tokens x heads of all rows
-    cu_seqlens: torch.Tensor | None
     tiles: Tiles
     chunk: int  # tokens
     chunks: int  # places for what exists once a chunk
@@ -267,29 +275,25 @@ class _Plan(NamedTuple):
     spans: int  # places for what exists once a span
     span_owners: torch.Tensor | None  # [spans]
     l2norm: bool
-    precision: str
+    sizes: dict[str, Any]  # by the names that kernels have for them
 
     def blocks(self, tile: Tile, mapped: bool = False) -> int:
         """Programs a head: blocks of columns of V, and of K where spans are mapped."""
-        return triton.cdiv(self.vd, tile.bv) + (triton.cdiv(self.kd, tile.bv) if mapped else 0)
+        return ceil_div(self.vd, tile.bv) + (ceil_div(self.kd, tile.bv) if mapped else 0)
 
     def launch(self, kernel, programs: int, tile: Tile | GradientTile, **given) -> None:
         """Start a kernel: tensors and numbers by name, what is not given is None, sizes are the tile's and ours."""
-        sizes = {
-            "cu_seqlens": self.cu_seqlens, "T": self.tokens, "H": self.heads, "ALL": self.all, "N_STATES": 0,
-            "STRIDE": 1, "REPEAT": self.repeat, "K": self.kd, "V": self.vd, "BK": block(self.kd),
-            "BT": self.chunk, "BJ": JOIN_ROWS, "GROUP": GROUP_TOKENS // self.chunk,
-            "EPS": L2_NORM_EPS, "PRECISION": self.precision,
-        }  # fmt: skip
-        given = (
-            sizes | {name.upper(): size for name, size in tile._asdict().items() if name[0] == "b"} | given
-        )
-        limit = {"maxnreg": tile.registers} if getattr(tile, "registers", 0) else {}
+        values = self.sizes | _blocks(tile) | given
         with torch.cuda.device_of(given["maps"] if given.get("k") is None else given["k"]):
             kernel[(programs,)](
-                *(given.get(name) for name in kernel.arg_names),
-                num_warps=tile.num_warps, num_stages=tile.num_stages, **limit,
-            )  # fmt: skip
+                *map(values.get, kernel.arg_names), num_warps=tile.num_warps, num_stages=tile.num_stages
+            )
+
+
+@functools.cache
+def _blocks(tile: Tile | GradientTile) -> dict[str, int]:
+    """A tile's blocks as kernels call them."""
+    return {name.upper(): size for name, size in tile._asdict().items() if name[0] == "b"}
 
 
 def _plan(
@@ -299,15 +303,20 @@ def _plan(
     rows = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tensor_memory = has_tensor_memory(q.device)
     tiles = choose_tiles(kd, vd, q.element_size(), gated, few=rows * h < FEW, tensor_memory=tensor_memory)
+    repeat = h // max(q.shape[2], 1)
     chunks, chunk_owners = _places(tokens, b, tiles.chunk, cu_seqlens)
     groups, group_owners = _places(tokens, b, GROUP_TOKENS, cu_seqlens)
-    programs = rows * h * triton.cdiv(vd, tiles.scan.bv)
+    programs = rows * h * ceil_div(vd, tiles.scan.bv)
     span = span_tokens(tokens, programs, program_slots(q.device), tiles.chunk)
     spans, span_owners = _places(tokens, b, span, cu_seqlens) if span else (0, None)
+    sizes = {
+        "cu_seqlens": cu_seqlens, "T": tokens, "H": h, "ALL": b * tokens * h, "N_STATES": 0, "STRIDE": 1,
+        "REPEAT": repeat, "K": kd, "V": vd, "BK": block(kd), "BT": tiles.chunk, "BJ": JOIN_ROWS,
+        "GROUP": GROUP_TOKENS // tiles.chunk, "EPS": L2_NORM_EPS, "PRECISION": precision_of(q.dtype),
+    }  # fmt: skip
     return _Plan(
-        rows, tokens, h, h // max(q.shape[2], 1), kd, vd, b * tokens * h, cu_seqlens, tiles, tiles.chunk,
-        chunks, chunk_owners, groups, group_owners, span // tiles.chunk, spans, span_owners, l2norm,
-        precision_of(q.dtype),
+        rows, tokens, h, repeat, kd, vd, tiles, tiles.chunk, chunks, chunk_owners, groups, group_owners,
+        span // tiles.chunk, spans, span_owners, l2norm, sizes,
     )  # fmt: skip
 
 
@@ -315,9 +324,9 @@ def _places(tokens: int, b: int, unit: int, cu_seqlens: torch.Tensor | None):
     """Sequence n that starts at token t has the places from ``t // unit + n`` on, one for every ``unit`` tokens:
     no two sequences share one, and nobody needs to look at the lengths."""
     if cu_seqlens is None:
-        return b * triton.cdiv(tokens, unit), None
+        return b * ceil_div(tokens, unit), None
     n = cu_seqlens.shape[0] - 1
     places = tokens // unit + n
-    order = torch.arange(max(n, places), dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    first = cu_seqlens[:-1] // unit + order[:n]
-    return places, torch.searchsorted(first, order[:places], right=True, out_int32=True) - 1
+    order = torch.arange(places, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    first = cu_seqlens[1:-1] // unit + order[1:n]  # of all sequences but the first, which has place 0
+    return places, torch.searchsorted(first, order, right=True, out_int32=True)

@@ -18,11 +18,14 @@ are 1024 programs. Without gradients. Two kernels:
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from refine_kernels.delta_rule.reference import L2_NORM_EPS
+from refine_kernels.sizes import ceil_div, power_of_two
 
 # By kernel and whether it is float64. Columns of a tile: at least 64 bytes of every state row; more where every
 # tile convolves q and k for itself. Words of a tile that one warp holds, beside q, k and what is on its way.
@@ -57,13 +60,13 @@ def forward(
     if initial_state is not None and initial_state.stride()[2:] != (vd, 1):
         initial_state = initial_state.contiguous()
     double = q.dtype == torch.float64
-    o = torch.empty(v.shape, dtype=q.dtype, device=q.device)
+    o = q.new_empty(v.shape)
     final_state = None
     if output_final_state:
         dtype = torch.float64 if double else torch.float32
-        final_state = torch.empty(rows, heads, kd, vd, dtype=dtype, device=q.device)
+        final_state = q.new_empty((rows, heads, kd, vd), dtype=dtype)
     bk, bv, num_warps = choose_tile("recurrent", kd, vd, double)
-    grid = (rows * heads * triton.cdiv(vd, bv),)
+    grid = (rows * heads * ceil_div(vd, bv),)
     with torch.cuda.device_of(q):
         recurrent_kernel[grid](
             q, k, v, beta, g, initial_state, state_indices, o, final_state,
@@ -102,11 +105,11 @@ def decode_forward(
         state.contiguous(),
     )
     double = q.dtype == torch.float64
-    o = torch.empty(b, tokens, heads, vd, dtype=q.dtype, device=q.device)
-    new_state = torch.empty(b, *state.shape[1:], dtype=state.dtype, device=q.device)
-    new_tails = [torch.empty(b, *x.shape[1:], dtype=q.dtype, device=q.device) for x in tails]
+    o = q.new_empty(b, tokens, heads, vd)
+    new_state = state.new_empty(b, *state.shape[1:])
+    new_tails = [q.new_empty(b, *x.shape[1:]) for x in tails]
     bk, bv, num_warps = choose_tile("decode", kd, vd, double)
-    grid = (b * heads * triton.cdiv(vd, bv),)
+    grid = (b * heads * ceil_div(vd, bv),)
     with torch.cuda.device_of(q):
         decode_kernel[grid](
             q, k, v, beta, g, *weights, *tails, state, rows, o, *new_tails, new_state,
@@ -120,10 +123,11 @@ def decode_forward(
     return o, new_state, new_tails
 
 
+@functools.cache
 def choose_tile(kernel: str, kd: int, vd: int, double: bool) -> tuple[int, int, int]:
     """``(BK, BV, num_warps)``: all rows and a few columns of a state, in one warp (no barriers) if they fit."""
     columns, words = _COLUMNS_AND_WORDS[kernel, double]
-    bk, bv = max(triton.next_power_of_2(kd), 16), min(max(triton.next_power_of_2(vd), 8), columns)
+    bk, bv = max(power_of_two(kd), 16), min(max(power_of_two(vd), 8), columns)
     return bk, bv, max(bk * bv // words, 1)
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from refine_kernels.lact.edges import UNIT_EPS
+from refine_kernels.sizes import ceil_div, power_of_two
 
 ELEMENTS = 2048  # of a program at a time
 STEPS = 16  # blocks of tokens that one program of a backward goes through
@@ -20,7 +21,7 @@ NUM_WARPS = 4
 
 def edge_tile(width: int) -> tuple[int, int]:
     """``(BT, BD)``: tokens at a time, and the channels of a head as a power of two."""
-    channels = triton.next_power_of_2(width)
+    channels = power_of_two(width)
     return max(1, ELEMENTS // channels), channels
 
 
@@ -43,7 +44,7 @@ def prepare_forward(
     angles = _angles(cos, sin)
     width, v_width = outs[0].shape[-1], outs[2].shape[-1]
     bt, bd = edge_tile(max(width, v_width))
-    blocks = triton.cdiv(tokens, bt)
+    blocks = ceil_div(tokens, bt)
     with torch.cuda.device_of(q):
         prepare_kernel[(3 * batch * num_heads * blocks,)](
             q, k, v, _parameters(scale), _parameters(offset), *angles, *outs,
@@ -76,7 +77,7 @@ def prepare_backward(
     found = [x.new_empty(x.shape) for x in (q, k, v)]
     width, v_width = d_q.shape[-1], d_v.shape[-1]
     bt, bd = edge_tile(max(width, v_width))
-    blocks = triton.cdiv(tokens, bt * STEPS)
+    blocks = ceil_div(tokens, bt * STEPS)
     parts = torch.empty(batch * blocks, 2, *scale.shape, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         prepare_backward_kernel[(3 * batch * num_heads * blocks,)](
@@ -101,7 +102,7 @@ def finish_forward(
     o, attended = _dense(o), attended.contiguous()
     out = attended.new_empty(attended.shape)
     bt, bd = edge_tile(width)
-    blocks = triton.cdiv(tokens, bt)
+    blocks = ceil_div(tokens, bt)
     with torch.cuda.device_of(o):
         finish_kernel[(batch * heads * blocks,)](
             o, attended, _parameters(weight), None if gate is None else _parameters(gate), out,
@@ -124,7 +125,7 @@ def finish_backward(
     d_o = torch.empty(o.shape, dtype=o.dtype, device=o.device)
     d_gate = None if gate is None else torch.empty(gate.shape, dtype=torch.float32, device=o.device)
     bt, bd = edge_tile(width)
-    blocks = triton.cdiv(tokens, bt * STEPS)
+    blocks = ceil_div(tokens, bt * STEPS)
     parts = torch.empty(batch * heads * blocks, width, dtype=torch.float32, device=o.device)
     with torch.cuda.device_of(o):
         finish_backward_kernel[(batch * heads * blocks,)](

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from refine_kernels.lact.layout import Widths
+from refine_kernels.sizes import ceil_div
 
 PROGRAMS = 264  # that a large GPU holds at once: two on each of 132 multiprocessors
 
@@ -89,7 +90,7 @@ def choose_splits(rows: int, entries: int, tokens: int, widths: Widths, tile: Ti
 
 def _outer_tiles(widths: Widths, tile: Tile) -> tuple[int, int]:
     """Tiles of the gradient of w0 above w2, and of w1."""
-    cells = lambda rows, columns: triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)  # noqa: E731
+    cells = lambda rows, columns: ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns)  # noqa: E731
     return cells(2 * widths.dh, widths.dk), cells(widths.dv, widths.dh)
 
 
@@ -112,8 +113,8 @@ def hidden(
     tile = hidden_tile(x.dtype, min(chunk_size, tokens))
     h = torch.empty(rows, tokens, widths.dh, dtype=weights.dtype, device=x.device)
     d = None if u is None else torch.empty(rows, tokens, 2 * widths.dh, dtype=weights.dtype, device=x.device)
-    blocks = triton.cdiv(min(chunk_size, tokens), tile.rows)
-    grid = (rows * entries * blocks * triton.cdiv(widths.dh, tile.columns),)
+    blocks = ceil_div(min(chunk_size, tokens), tile.rows)
+    grid = (rows * entries * blocks * ceil_div(widths.dh, tile.columns),)
     hidden_kernel[grid](
         x, u, weights, rates, d, h,
         *x.stride()[:2], *((0, 0) if u is None else u.stride()[:2]), *weights.stride()[:2],
@@ -140,7 +141,7 @@ def outer(
     splits, rows, entries, _ = out.shape
     tokens = x.shape[1]
     tile = outer_tile(x.dtype)
-    span = triton.cdiv(triton.cdiv(min(chunk_size, tokens), splits), tile.depth) * tile.depth
+    span = ceil_div(ceil_div(min(chunk_size, tokens), splits), tile.depth) * tile.depth
     grid = (splits * rows * entries * sum(_outer_tiles(widths, tile)),)
     outer_kernel[grid](
         d, x, h, u, out,
@@ -165,9 +166,9 @@ def output(
     first = (keys or values)[0]
     (rows, tokens), entries = first.shape[:2], (keys or values)[1].shape[1]
     tile = output_tile(first.dtype, min(chunk_size, tokens), widths)
-    blocks = triton.cdiv(min(chunk_size, tokens), tile.rows)
+    blocks = ceil_div(min(chunk_size, tokens), tile.rows)
     columns = [0 if out_keys is None else widths.dk, 0 if out_values is None else widths.dv]
-    grid = (rows * entries * blocks * sum(triton.cdiv(c, tile.columns) for c in columns),)
+    grid = (rows * entries * blocks * sum(ceil_div(c, tile.columns) for c in columns),)
     second = len(keys or values) == 4
     none = (None, None)
     d1, w1k = keys[:2] if keys else none

@@ -30,6 +30,7 @@ from refine_kernels.lact.triton_products import (
     output,
     tokens_of,
 )
+from refine_kernels.sizes import ceil_div, power_of_two
 
 
 def scan_forward(
@@ -135,7 +136,7 @@ def scan_backward(
         (k, v), rates = arithmetic.hold(k, v), _rates(lr0, lr1, lr2)
         means = None if gate is None else _chunk_means(gate, updates, chunk_size)
         tile = hidden_backward_tile(arithmetic.dtype)
-        d_rates = stack.new_zeros(triton.cdiv(widths.dh, tile.columns), rows, k.shape[1], 3)
+        d_rates = stack.new_zeros(ceil_div(widths.dh, tile.columns), rows, k.shape[1], 3)
         d_norms = torch.zeros_like(norms)
         d_means = None if gate is None else stack.new_empty(rows, updates, widths.rows)
         splits = choose_splits(rows, 1, chunk_size, widths, outer_tile(arithmetic.dtype))
@@ -239,7 +240,7 @@ def _orthogonalise_backward(
 
 def state_tile(widths: Widths) -> Tile:
     """Rows of a fast weight a program, and the columns of its longest row; about 1024 elements."""
-    columns = triton.next_power_of_2(max(widths.dk, widths.dh))
+    columns = power_of_two(max(widths.dk, widths.dh))
     return Tile(max(1, 1024 // columns), columns, 1, 4, 1)
 
 
@@ -260,7 +261,7 @@ def _step(
     tile = state_tile(widths)
     rows = parts.shape[1]
     stride = lambda x: 0 if x is None else x.stride(0)  # noqa: E731
-    step_kernel[(rows * triton.cdiv(widths.rows, tile.rows),)](
+    step_kernel[(rows * ceil_div(widths.rows, tile.rows),)](
         parts, before, rate, step, base, norms, total, divisor, applied, rounded,
         len(parts), parts.stride(0), parts.stride(1), stride(before), stride(rate), stride(step), stride(base),
         stride(norms), stride(total), stride(divisor), stride(applied), stride(rounded),
@@ -362,7 +363,7 @@ def _step_backward(
     tile = state_tile(widths)
     rows = len(applied if d_direction is None else d_direction)
     stride = lambda x: 0 if x is None else x.stride(0)  # noqa: E731
-    step_backward_kernel[(rows * triton.cdiv(widths.rows, tile.rows),)](
+    step_backward_kernel[(rows * ceil_div(widths.rows, tile.rows),)](
         parts, d_applied, carry, applied, divisor, norms, d_norms, d_sum, d_sums, d_total, d_direction,
         d_gradient, d_step, before, rate, d_steps, d_mean,
         0 if parts is None else len(parts), stride(parts), 0 if parts is None else parts.stride(1),
@@ -472,8 +473,8 @@ def _hidden_backward(
     rows, tokens = k.shape[:2]
     new = lambda width: torch.empty(rows, tokens, width, dtype=arithmetic.dtype, device=k.device)  # noqa: E731
     d, d_y, h, d_g = new(2 * widths.dh), new(2 * widths.dh), new(widths.dh), new(widths.dh)
-    blocks = triton.cdiv(tokens, tile.rows)
-    hidden_backward_kernel[(rows * blocks * triton.cdiv(widths.dh, tile.columns),)](
+    blocks = ceil_div(tokens, tile.rows)
+    hidden_backward_kernel[(rows * blocks * ceil_div(widths.dh, tile.columns),)](
         k, v, weights, d_gradient, rates, d, d_y, h, d_g, d_rates,
         *k.stride()[:2], *v.stride()[:2], weights.stride(0), d_gradient.stride(0), *rates.stride()[:2],
         *d_rates.stride()[:3], tokens, blocks,

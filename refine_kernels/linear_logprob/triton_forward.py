@@ -32,6 +32,7 @@ from refine_kernels.chips import Chip, chip_of
 from refine_kernels.linear_logprob import reference
 from refine_kernels.linear_logprob.chunked import Head
 from refine_kernels.linear_logprob.partials import Partials
+from refine_kernels.sizes import ceil_div, power_of_two
 
 INTERPRETED = Chip("sm_90", 132)  # whose tiles are taken where kernels are interpreted
 NO_TOKEN: tl.constexpr = tl.constexpr(reference.NO_TOKEN)
@@ -86,7 +87,7 @@ def choose_splits(row_tiles: int, vocab_tiles: int, programs: int) -> int:
 
 def combine_tile(splits: int) -> tuple[int, int]:
     """Splits and rows that a program of `combine_kernel` holds."""
-    BS = triton.next_power_of_2(splits)
+    BS = power_of_two(splits)
     return BS, min(_COMBINE_ELEMENTS // BS, 128)
 
 
@@ -161,13 +162,13 @@ def _parts(
     (N, D), V = x.shape, head.weight.shape[0]
     chip = chip_of(x.device) or INTERPRETED
     tile = choose_tile(N, x.dtype, seed is not None, chip)
-    row_tiles, vocab_tiles = triton.cdiv(N, tile.rows), triton.cdiv(V, tile.columns)
+    row_tiles, vocab_tiles = ceil_div(N, tile.rows), ceil_div(V, tile.columns)
     splits = choose_splits(row_tiles, vocab_tiles, chip.multiprocessors)
     parts = _fields((splits, N), x.device, need_logprob, need_entropy, sample)
     with torch.cuda.device_of(x):
         forward_kernel[(row_tiles * splits,)](
             x, head.weight, head.bias, target, seed, *parts,
-            N, V, first_column, row_tiles, triton.cdiv(vocab_tiles, splits),
+            N, V, first_column, row_tiles, ceil_div(vocab_tiles, splits),
             1.0 / head.temperature, head.softcap or 1.0,
             D=D, HAS_SOFTCAP=head.softcap is not None, **tile.constants,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -186,7 +187,7 @@ def _combine(
 ) -> None:
     BS, BR = combine_tile(splits)
     with torch.cuda.device_of(parts.m):
-        combine_kernel[(triton.cdiv(N, BR),)](
+        combine_kernel[(ceil_div(N, BR),)](
             *parts, *joined, target, N, splits, V, ignore_index,
             DRAWN=target is None, WHOLE=V > 0, BS=BS, BR=BR, num_warps=4,
         )  # fmt: skip

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from refine_kernels.linear_logprob.chunked import Head
 from refine_kernels.linear_logprob.triton_forward import soft_capped
+from refine_kernels.sizes import power_of_two
 
 _COLUMNS = 4096  # that a program holds at once: 16 a thread
 WARPS = 8
@@ -29,7 +30,7 @@ WARPS = 8
 
 def columns_of(V: int) -> int:
     """How many columns of a row of V a program of `gradient_kernel` holds at once."""
-    return min(max(triton.next_power_of_2(V), 128), _COLUMNS)
+    return min(max(power_of_two(V), 128), _COLUMNS)
 
 
 def gradient(

@@ -86,7 +86,7 @@ GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @GATED
 @pytest.mark.parametrize(("kd", "vd", "tokens"), [(60, 100, 140), (128, 128, 70), (144, 24, 40)])
 def test_delta_rule(kd, vd, tokens, gated, monkeypatch):
-    """Every tile: carried states up to 128, and states that are read beyond."""
+    """Every tile: chunks of 64 tokens up to head sizes of 128, and of 32 beyond."""
     monkeypatch.setattr(triton_chunk, "GROUP_TOKENS", 128)
     check(measure_delta_rule(shared.make_inputs(1, tokens, 1, kd, vd, gated=gated)))
 
