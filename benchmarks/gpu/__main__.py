@@ -4,8 +4,8 @@ First the numbers of every kernel configuration against float64, in several proc
 beside them, as compiling takes longest, everything that will be timed, run once. Then the machine's own ceilings,
 times beside the peers whose packages are there, training steps of published sizes (random weights), rollouts,
 prompts read once, and other tiles than the chosen ones. Each part is apart, in a process of its own: one that
-fails is noted and the next begins; what no longer fits the time is named. A compact table comes last; everything goes into
-one file in ``benchmarks/results/``.
+fails is noted and the next begins; what no longer fits the time is named. A compact table comes last; everything
+goes into one file in ``benchmarks/results/``.
 
 On a CPU it goes through the same motions at sizes of a few hundred tokens, so that a visit does not find the
 mistakes of the script.
@@ -62,7 +62,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="nothing begins after this")
     parser.add_argument("--part", nargs="+", choices=["numbers", *parts()], default=["numbers", *parts()])
     parser.add_argument("--numbers_minutes", type=float, default=4.0, help="for numbers and compiling")
-    parser.add_argument("--workers", type=int, default=14 if CUDA else 2, help="processes for those")
+    parser.add_argument("--workers", type=int, default=12 if CUDA else 2, help="processes for those")
     parser.add_argument("--no_record", action="store_true", help="write no results file")
     options = parser.parse_args()
     began, table = time.time(), {}
@@ -90,9 +90,12 @@ def _work(options: argparse.Namespace, began: float, table: dict[str, list[Row]]
     first = numbers.tasks() if "numbers" in options.part else []
     for name, module in (("times", times), ("steps", steps), ("tiles", tiles)):
         first += module.compiling() if name in chosen else []
-    phases = [(first, options.workers, min(60 * options.numbers_minutes, left()))]
-    for tasks, workers, seconds in [*phases, (sum(chosen.values(), []), 1, None)]:
-        for task, found in pool.run(tasks, workers, left() if seconds is None else seconds):
+    timed = [task for of_part in chosen.values() for task in of_part]
+    for tasks, workers, minutes in (
+        (first, options.workers, options.numbers_minutes),
+        (timed, 1, options.minutes),
+    ):
+        for task, found in pool.run(tasks, workers, min(60 * minutes, left())):
             table.setdefault(task.part, []).append(found)
             print(f"  {time.time() - began:.0f} s {found['what']}: {found['value']}", flush=True)
             if "trace" in found:

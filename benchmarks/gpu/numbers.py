@@ -20,27 +20,21 @@ def tasks() -> list[Task]:
     """Everything, the most used first."""
     half = HALF
     found = [
-        _task("delta rule", f"K {k} V {v} {'gated' if gated else 'plain'} {keys}", "delta", k=k, v=v, gated=gated, keys=keys)
+        _delta(f"{keys} keys", k=k, v=v, gated=gated, keys=keys)
         for k, v, keys in ([(128, 128, keys) for keys in KEYS] if CUDA else [(16, 16, "unit")])
         for gated in (False, True)
     ]  # fmt: skip
     sizes = [(64, 64), (64, 128), (60, 100), (96, 96), (256, 256), (128, 256)] if CUDA else []
-    for (k, v), gated in itertools.product(sizes, (False, True)):
-        found.append(
-            _task(
-                "delta rule", f"K {k} V {v} {'gated' if gated else 'plain'}", "delta", k=k, v=v, gated=gated
-            )
-        )
+    found += [_delta("", k=k, v=v, gated=gated) for (k, v), gated in itertools.product(sizes, (False, True))]
     for dtype, k, gated in itertools.product(
         ("float16", "float32") if CUDA else (), (64, 128), (False, True)
     ):
-        what = f"K {k} V {k} {'gated' if gated else 'plain'} {dtype}"
-        found.append(_task("delta rule", what, "delta", k=k, v=k, gated=gated, dtype=dtype))
+        found.append(_delta(dtype, k=k, v=k, gated=gated, dtype=dtype))
     if CUDA:
         found += [
-            _task("delta rule", "K 128 V 128 gated, 2 value heads a key head", "delta", k=128, v=128, gated=True, h=2, value_heads=4),
-            _task("delta rule", "K 64 V 64 plain, 64 rows x heads", "delta", k=64, v=64, gated=False, h=32, lengths=(300,)),
-            _task("delta rule", "K 64 V 64 gated, 64 rows x heads", "delta", k=64, v=64, gated=True, h=32, lengths=(300,)),
+            _delta("2 value heads a key head", k=128, v=128, gated=True, h=2, value_heads=4),
+            _delta("64 rows x heads", k=64, v=64, gated=False, h=32, lengths=(300,)),
+            _delta("64 rows x heads", k=64, v=64, gated=True, h=32, lengths=(300,)),
         ]  # fmt: skip
     for k, gated in itertools.product((128, 64) if CUDA else (16,), (False, True)):
         found.append(
@@ -56,18 +50,8 @@ def tasks() -> list[Task]:
         found.append(_task("LaCT", what, "lact", **arguments))
     if CUDA:
         for dtype in ("float16", "float32"):
-            found.append(
-                _task(
-                    "LaCT",
-                    f"LaCT 384 {dtype}",
-                    "lact",
-                    size=384,
-                    muon=False,
-                    prenorm=False,
-                    momentum=True,
-                    dtype=dtype,
-                )
-            )
+            plain = {"muon": False, "prenorm": False, "momentum": True}
+            found.append(_task("LaCT", f"LaCT 384 {dtype}", "lact", size=384, dtype=dtype, **plain))
     shapes = (
         [(1000, 2048, 32000), (257, 60, 997), (5, 1536, 50257), (40, 1024, 151936)]
         if CUDA
@@ -79,6 +63,11 @@ def tasks() -> list[Task]:
                 _task("LM head", f"head {n} x {d} x {v} {dtype}", "head", n=n, d=d, v=v, dtype=dtype)
             )
     return found
+
+
+def _delta(what: str, k: int, v: int, gated: bool, **arguments) -> Task:
+    what = f"K {k} V {v} {'gated' if gated else 'plain'} {what}".rstrip()
+    return _task("delta rule", what, "delta", k=k, v=v, gated=gated, **arguments)
 
 
 def _task(part: str, what: str, function: str, **arguments) -> Task:

@@ -7,6 +7,7 @@ Triton's cache for whoever needs it next.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -127,6 +128,7 @@ def _work(pipe: Connection, setup: Callable[[], None] | None) -> None:
                     pipe.send(("row", found))
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
+                gc.collect()
                 torch.cuda.empty_cache()
             pipe.send(("done", None))
         except Exception as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 
 import torch
@@ -46,7 +45,7 @@ def compiling() -> list[Task]:
         return []
     found = []
     for name in MODELS:
-        arguments = {"name": name, "lengths": ((2048, False), (4096, True)), "layers": 4}
+        arguments = {"name": name, "lengths": ((1024, False), (2048, True)), "layers": 4}
         found.append(Task("compiling", name, "benchmarks.gpu.steps:steps", arguments, compiling=True))
     prompt = {"layers": 2, "sizes": ((1024, 256, 8),)}
     return [*found, Task("compiling", "prompts", "benchmarks.gpu.steps:prompt_once", prompt, compiling=True)]
@@ -56,8 +55,8 @@ def steps(
     name: str, lengths: tuple = ((4096, False), (16384, True)) if CUDA else ((256, False),),
     layers: int | None = None, largest: bool = False,
 ) -> Iterator[Row]:  # fmt: skip
-    """One training step, forward and backward: SFT beside REFINE, time and memory; rollouts. ``lengths``: tokens, and
-    whether with gradient checkpointing."""
+    """One training step, forward and backward: SFT beside REFINE, time and memory; rollouts. ``lengths``: tokens,
+    and whether with gradient checkpointing."""
     if not CUDA and MODELS[name][2] is None:
         return
     model = build(name, layers)
@@ -103,10 +102,6 @@ def steps(
         yield row(
             f"{name}: largest batch of 4,096 tokens that fits a REFINE step", str(_largest(model, vocabulary))
         )
-    del model
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()
 
 
 def rollouts(name: str, model) -> Iterator[Row]:
@@ -179,7 +174,3 @@ def prompt_once(
             f"{', '.join(f'{gb:.1f}' for gb in memory.values())} GB",
             **times, gb=memory, counted=counted,
         )  # fmt: skip
-    del model
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()

@@ -28,24 +28,30 @@ SCANS = (
 )  # fmt: skip
 STATES = ((64, 4, 2), (64, 4, 1), (128, 8, 1), (128, 8, 2), (32, 4, 2), (128, 4, 1))
 INVERSES = (4, 2, 8, 1)  # warps
-# columns of K, of V, warps, stages, registers
+# columns of K, of V, warps, stages
 GRADIENTS = (
-    (64, 64, 8, 1, 0), (64, 64, 8, 2, 0), (64, 64, 8, 1, 128), (64, 64, 8, 2, 128), (128, 64, 8, 1, 0),
-    (128, 64, 8, 2, 0), (128, 64, 8, 1, 128), (64, 64, 4, 1, 0), (64, 64, 4, 2, 0), (64, 32, 4, 1, 168),
-    (64, 32, 8, 2, 128), (32, 64, 8, 1, 128), (128, 32, 8, 2, 0), (64, 64, 4, 2, 168), (32, 64, 4, 1, 168),
-    (32, 64, 8, 2, 0),
+    (64, 32, 4, 1), (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 8, 1), (64, 64, 8, 2), (128, 64, 8, 1),
+    (128, 64, 8, 2), (128, 32, 8, 1), (64, 32, 4, 2), (32, 64, 4, 1), (32, 64, 8, 1), (64, 32, 8, 2),
 )  # fmt: skip
-HEADS = ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 4), (64, 256, 64, 4, 3),
-         (128, 256, 128, 8, 2), (256, 128, 64, 8, 3))  # fmt: skip
+HEADS = (
+    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 4), (64, 256, 64, 4, 3),
+    (128, 256, 128, 8, 2), (256, 128, 64, 8, 3),
+)  # fmt: skip
+_PRODUCTS = (
+    (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4),
+    (128, 128, 64, 8, 4),
+)  # fmt: skip
 LACTS = {
-    "hidden_tile": ((128, 64, 64, 8, 3), (128, 64, 64, 4, 3), (64, 64, 64, 4, 3), (128, 64, 64, 8, 4), (128, 128, 64, 8, 2),
-                    (64, 128, 64, 4, 3)),
-    "outer_tile": ((128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4),
-                   (128, 128, 64, 8, 4)),
-    "output_tile": ((128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4),
-                    (128, 128, 64, 8, 4)),
-    "hidden_backward_tile": ((128, 32, 64, 8, 2), (64, 32, 64, 4, 2), (128, 64, 64, 8, 2), (64, 64, 64, 4, 2), (64, 32, 64, 4, 3),
-                             (128, 32, 64, 4, 2)),
+    "hidden_tile": (
+        (128, 64, 64, 8, 3), (128, 64, 64, 4, 3), (64, 64, 64, 4, 3), (128, 64, 64, 8, 4), (128, 128, 64, 8, 2),
+        (64, 128, 64, 4, 3),
+    ),
+    "outer_tile": _PRODUCTS,
+    "output_tile": _PRODUCTS,
+    "hidden_backward_tile": (
+        (128, 32, 64, 8, 2), (64, 32, 64, 4, 2), (128, 64, 64, 8, 2), (64, 64, 64, 4, 2), (64, 32, 64, 4, 3),
+        (128, 32, 64, 4, 2),
+    ),
 }  # fmt: skip
 
 
@@ -56,7 +62,13 @@ def compiling() -> list[Task]:
     tasks = []
     for gated, i in itertools.product((False, True), range(len(GRADIENTS))):
         tasks.append(
-            Task("compiling", f"delta tiles {gated} {i}", HERE + "delta", {"gated": gated, "only": [i]}, True)
+            Task(
+                "compiling",
+                f"delta tiles {gated} {i}",
+                HERE + "delta",
+                {"gated": gated, "only": [i], "shapes": ((1, 4096), (8, 1024))},
+                True,
+            )
         )
     for i in range(len(HEADS)):
         tasks.append(Task("compiling", f"head tiles {i}", HERE + "head", {"only": [i]}, True))
@@ -65,7 +77,7 @@ def compiling() -> list[Task]:
     return tasks
 
 
-def delta(gated: bool, only: list[int] | None = None, shapes=((1, 16384), (8, 8192)), other: bool = False) -> Iterator[Row]:
+def delta(gated: bool, only: list[int] | None = None, shapes=((1, 16384), (8, 8192))) -> Iterator[Row]:
     """Microseconds of every kernel under every candidate, one long sequence (split) and eight."""
     heads, size = (16, 128) if CUDA else (2, 16)
     choose = triton_chunk.choose_tiles
@@ -87,7 +99,8 @@ def delta(gated: bool, only: list[int] | None = None, shapes=((1, 16384), (8, 81
             o = chunk_delta_rule(*leaves[:4], g=inputs["g"], use_qk_l2norm_in_kernel=True)[0]
             return torch.autograd.grad(o, leaves, d_o)
 
-        what = f"{'gated ' * gated}{b} x {t}: {'other ' * other}{', '.join(f'{n} {tuple(x)}' for n, x in tiles.items())}"
+        cut = ", ".join(f"{name} {tuple(tile)}" for name, tile in tiles.items())
+        what = f"{'gated ' * gated}{b} x {t}: {cut}"
         with mock.patch.object(triton_chunk, "choose_tiles", chosen):
             try:
                 kernels = launches(both)

@@ -1,5 +1,6 @@
 """Times of the ops beside the peers whose packages are there."""
 
+# ruff: noqa: B023  (what is defined inside a loop here is called before the loop goes on)
 from __future__ import annotations
 
 import itertools
@@ -14,12 +15,13 @@ from benchmarks.gpu.pool import Task
 from refine_kernels import (
     chunk_delta_rule,
     chunk_lact,
+    clock,
     linear_cross_entropy,
     linear_logprob,
     recurrent_delta_rule,
     reference,
 )
-from refine_kernels.delta_rule import triton_chunk
+from refine_kernels.delta_rule import triton_chunk, variants
 
 HERE = "benchmarks.gpu.times:"
 SHAPES = [(1, 4096), (1, 16384), (1, 65536), (4, 4096), (8, 16384)] if CUDA else [(1, 256)]
@@ -39,7 +41,12 @@ def compiling() -> list[Task]:
     tasks += [
         task(f"delta rule {gated}", "delta_times", gated=gated, peers=False, **few) for gated in (False, True)
     ]
-    return [*tasks, task("decode", "decode_times"), task("head", "head_times"), task("LaCT", "lact_times")]
+    return [
+        *tasks,
+        task("decode", "decode_times"),
+        task("head", "head_times", shapes=[(2048, 2048, 32000)]),
+        task("LaCT", "lact_times", shapes=[(1, 4096)]),
+    ]
 
 
 def compile_fla(part: int) -> Iterator[Row]:
@@ -103,11 +110,27 @@ def delta_times(
             ratio = ""
             if name != "fla" and "fla" in times:
                 ratio = f", {times['fla'][0] / alone:.2f}x / {times['fla'][1] / whole:.2f}x fla"
+            device = sum(us for _, us in kernels[name].values()) / 1000
             yield row(
                 f"{'gated ' * gated}delta rule {b} x {t}: {name}",
-                f"{alone:.3f} / {whole:.3f} ms, {memory:.2f} GB{ratio}",
+                f"{alone:.3f} / {whole:.3f} ms, kernels alone {device:.3f} ms of both, {memory:.2f} GB{ratio}",
                 forward_ms=alone, both_ms=whole, gb=memory, kernels=kernels[name],
+                **({"counted": counted(gated, b, t)} if name == "ours" and kernels[name] else {}),
             )  # fmt: skip
+
+
+def counted(gated: bool, rows: int, tokens: int) -> dict[str, float]:
+    """What the counted clock says of the same call, forward for training and backward: microseconds by kernel."""
+    found: dict[str, float] = {}
+    chip = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    if chip not in clock.SPEEDS:
+        return found
+    _, forward, backward = variants.clock_call(rows, tokens, 16, 16, 128, 128, HALF, gated)
+    for run in (forward, backward):
+        for bound in clock.bounds(run, variants.turns, chip):
+            name = f"{bound.kernel}_kernel"
+            found[name] = found.get(name, 0.0) + bound.microseconds
+    return found
 
 
 def decode_times() -> Iterator[Row]:
@@ -129,7 +152,7 @@ def decode_times() -> Iterator[Row]:
                     *arguments,
                     initial_state=parents,
                     state_indices=rows,
-                    **options,  # noqa: B023
+                    **options,
                 ),
                 cold=True,
             )
@@ -139,7 +162,7 @@ def decode_times() -> Iterator[Row]:
                     lambda: fla.fused_recurrent_delta_rule(
                         *arguments,
                         initial_state=parents[rows],
-                        **options,  # noqa: B023
+                        **options,
                     ),
                     cold=True,
                 )
@@ -190,7 +213,7 @@ def head_times(
         w = (torch.randn(v, d, device=DEVICE, dtype=HALF) * d**-0.5).requires_grad_()
         y = torch.randint(v, (n,), device=DEVICE)
         part = x.detach()[: max(1, n // 8)]
-        one = (8 if CUDA else 1) * milliseconds(lambda: part @ w.detach().T)  # noqa: B023
+        one = (8 if CUDA else 1) * milliseconds(lambda part=part, w=w: part @ w.detach().T)
 
         def general(x=x, w=w, y=y):
             out = linear_logprob(x, w, y, return_entropy=True)
@@ -234,6 +257,5 @@ def head_times(
                 f"{ms:.2f} ms = {ms / one:.2f} G, {memory:.2f} GB",
                 ms=ms, gb=memory, kernels=launches(function, 1),
             )  # fmt: skip
-        del x, w
         if CUDA:
             torch.cuda.empty_cache()
