@@ -4,11 +4,16 @@ What is compiled is what the launchers launch, for every architecture: ``refine_
 and :mod:`refine_kernels.launches` writes down what they do. One line each says how many registers a thread has, how
 many bytes of registers the compiler spilled to memory, how much shared memory a program takes and which tensor-core
 instruction was found. The exit status is 1 when a kernel does not compile, needs more shared memory than the chip
-has, spills more than its stated budget on an NVIDIA chip, or lacks the tensor-core instruction that it must have.
+has, spills more than its stated budget on an NVIDIA chip, lacks the tensor-core instruction that it must have, or
+has a Hopper product whose warps reach over its rows.
 
 Registers and shared memory are read from the finished binary. Spilled bytes are those of all loads from and
 stores to local memory in its machine code, each instruction counted once however often it runs: the sum of
 ptxas' own "spill stores" and "spill loads". For AMD chips they are the scratch bytes of a thread.
+
+*Reaching over*: a Hopper product takes its operands 64 rows a warpgroup (four warps). Where another product takes
+its result, Triton lines all warps up along the rows; with eight warps and 64 rows there is nothing for the second
+warpgroup to read. The one kernel that an H100 stopped with an illegal access had such products.
 """
 
 from __future__ import annotations
@@ -72,6 +77,7 @@ class Measured:
     spilled_bytes: int  # stored and loaded, of a thread
     shared_bytes: int  # of a program
     tensor_core: str  # the instruction found; several are joined by "+"; "" for none
+    reaching_over: str = ""  # a Hopper product with more warps along its rows than it has rows for
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,8 @@ def measure(variant: KernelVariant, arch: Arch) -> Measured:
         assembly = compiled.asm["ptx"]
         registers, spilled = read_cubin(compiled.asm["cubin"])
     found = "+".join(sorted(set(re.findall(arch.tensor_core, assembly))))
-    return Measured(registers, spilled, compiled.metadata.shared, found)
+    over = products_reaching_over(compiled.asm["ttgir"]) if arch.name == "sm_90" else []
+    return Measured(registers, spilled, compiled.metadata.shared, found, ", ".join(over))
 
 
 def judge(variant: KernelVariant, arch: Arch, measured: Measured) -> list[str]:
@@ -163,7 +170,29 @@ def judge(variant: KernelVariant, arch: Arch, measured: Measured) -> list[str]:
         problems.append(f"spills {measured.spilled_bytes} bytes, budget {budget}")
     if variant.tensor_core and not measured.tensor_core:
         problems.append("has no tensor-core instruction")
+    if measured.reaching_over:
+        problems.append(f"has products whose warps reach over their rows: {measured.reaching_over}")
     return problems
+
+
+def products_reaching_over(ttgir: str) -> list[str]:
+    """Results of Hopper products, as ``"64x32 by 8x1 warps"``, whose warps cover more rows than there are (16
+    each), from Triton's intermediate code for the GPU."""
+    warps = {
+        name: (int(rows), int(columns))
+        for name, rows, columns in re.findall(
+            r"^(#\w+) = #ttg\.nvidia_mma<\{versionMajor = 3,.*?warpsPerCTA = \[(\d+), (\d+)\]",
+            ttgir,
+            flags=re.M,
+        )
+    }
+    found = set()
+    for result in re.findall(r"= ttng\.warp_group_dot .*-> tensor<([^>]*)>", ttgir):
+        shape, layout = result.split(", ")
+        rows, columns = (int(size) for size in shape.split("x")[:2])
+        if layout in warps and 16 * warps[layout][0] > rows:
+            found.add("{}x{} by {}x{} warps".format(rows, columns, *warps[layout]))
+    return sorted(found)
 
 
 def disassemble(variant: KernelVariant, arch: Arch) -> tuple[str, int, int]:

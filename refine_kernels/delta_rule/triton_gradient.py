@@ -55,7 +55,9 @@ def states_kernel(
     m_s = (o_k < K)[:, None] & (o_v < V)[None, :]
     o_s = o_k[:, None] * V + o_v[None, :]
     dtype = k.dtype.element_ty
-    b_s = tl.load(checkpoints + (i_group.to(tl.int64) * H + i_h) * (K * V) + o_s, mask=m_s, other=0).to(tl.float32)
+    b_s = tl.load(checkpoints + (i_group.to(tl.int64) * H + i_h) * (K * V) + o_s, mask=m_s, other=0).to(
+        tl.float32
+    )
     for i_c in range(first, chunks):
         tl.store(chunk_states + ((i_place + i_c) * H + i_h) * (K * V) + o_s, b_s.to(dtype), mask=m_s)
         i_x = (begin + i_c * BT) * H + i_h  # the chunk's first
@@ -67,7 +69,9 @@ def states_kernel(
             mask=m_t[:, None] & (o_k < K)[None, :], other=0,
         )  # fmt: skip
         b_u = tl.load(
-            u + i_x * V + ((o_i * H)[:, None] * V + o_v[None, :]), mask=m_t[:, None] & (o_v < V)[None, :], other=0
+            u + i_x * V + ((o_i * H)[:, None] * V + o_v[None, :]),
+            mask=m_t[:, None] & (o_v < V)[None, :],
+            other=0,
         )
         b_w = parts.norms(norms, i_xk, H // REPEAT, tokens, o_i)
         if decays is not None:

@@ -74,7 +74,7 @@ def delta_rule(monkeypatch):
     with torch.no_grad():
         recurrent_delta_rule(*(x[:, :2] for x in positional), g=g[:, :2], initial_state=state, **TRITON)
         delta_net_decode(**make_layer(1, 1, 1, 16, 16, 4, parents=1), **TRITON)
-    return {"inverse", "scan", "join", "reverse", "gradient", "recurrent", "decode"}
+    return {"inverse", "scan", "join", "reverse", "gradient", "states", "recurrent", "decode"}
 
 
 def linear(monkeypatch):

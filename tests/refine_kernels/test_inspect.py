@@ -29,6 +29,16 @@ def product(a, b, c, N: tl.constexpr):
 
 
 @triton.jit
+def chained(a, b, c, N: tl.constexpr):
+    """A product that takes another's result."""
+    i = tl.arange(0, N)
+    tile = i[:, None] * N + i[None, :]
+    b_b = tl.load(b + tile)
+    b_p = tl.dot(tl.load(a + tile), tl.trans(b_b))
+    tl.store(c + tile, tl.dot(b_p.to(tl.bfloat16), b_b))
+
+
+@triton.jit
 def hungry(x, y, N: tl.constexpr):
     """Holds two blocks in registers at once: the barriers keep the loads apart from the store."""
     i = tl.arange(0, N)
@@ -48,6 +58,20 @@ def product_variant(n=64, **changes):
     signature = {"a": "*bf16", "b": "*bf16", "c": "*fp32", "N": "constexpr"}
     settings = {"tensor_core": True, "divisible_by_16": frozenset("abc")}
     return KernelVariant(f"toy.product {n}", product, signature, {"N": n}, **(settings | changes))
+
+
+def chained_variant(num_warps):
+    signature = {"a": "*bf16", "b": "*bf16", "c": "*fp32", "N": "constexpr"}
+    aligned = frozenset("abc")
+    return KernelVariant(
+        "toy.chained",
+        chained,
+        signature,
+        {"N": 64},
+        num_warps=num_warps,
+        tensor_core=True,
+        divisible_by_16=aligned,
+    )
 
 
 def hungry_variant(n=8192, **changes):
@@ -150,6 +174,7 @@ def _compile_toys() -> None:
             inspect_variant(hungry_variant(n=512), ARCHS["sm_90"]),
             inspect_variant(hungry_variant(n=512, tensor_core=True), ARCHS["sm_80"]),
         ],
+        "chained": [inspect_variant(chained_variant(warps), ARCHS["sm_90"]) for warps in (4, 8)],
         "wrong": [inspect_variant(variant, ARCHS["sm_90"]) for variant in WRONG.values()],
     }
     results = {name: [asdict(report) for report in reports] for name, reports in results.items()}
@@ -196,6 +221,15 @@ def test_a_variant_that_spills_over_its_budget_fails(compiled):
 
 def test_a_variant_without_the_tensor_core_it_must_have_fails(compiled):
     assert compiled["hungry"][-1]["problems"] == ["has no tensor-core instruction"]
+
+
+def test_products_whose_warps_reach_over_their_rows(compiled):
+    """Chained products of 64 rows: four warps take 64 rows of shared memory, eight take 128."""
+    four, eight = compiled["chained"]
+    assert four["problems"] == []
+    if not eight["measured"]["reaching_over"]:
+        pytest.skip("this release of Triton lines warps up otherwise")
+    assert eight["problems"] == ["has products whose warps reach over their rows: 64x64 by 8x1 warps"]
 
 
 @pytest.mark.parametrize("i", range(len(WRONG)))
