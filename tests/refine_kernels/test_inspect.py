@@ -417,8 +417,18 @@ def test_kernels_of_the_delta_rule_keep_their_registers_on_hopper(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(path.read_text())
     kernels = {row["variant"].split()[0].removeprefix("delta_rule.") for row in rows}
-    assert kernels == {"inverse", "scan", "reverse", "gradient", "recurrent", "decode"}  # join has no gate
-    assert all(row["measured"]["spilled_bytes"] <= 128 for row in rows)
+    assert kernels == {
+        "inverse",
+        "scan",
+        "states",
+        "reverse",
+        "gradient",
+        "recurrent",
+        "decode",
+    }  # join has no gate
+    for row in rows:  # four warps for the gradient cost it some: README.md
+        most = 512 if "gradient" in row["variant"] else 128
+        assert row["measured"]["spilled_bytes"] <= most, row["variant"]
 
 
 @pytest.mark.slow
