@@ -168,10 +168,55 @@ def _gpu() -> str:
             "compiled for sm_80, sm_90, sm_100 and gfx942 (`python -m refine_kernels.inspect`), not timed."
         )
     path, contents = list(found.values())[-1]
-    lines = [_where(path, contents), "", "| part | what | value |", "|---|---|---|"]
+    lines = [_where(path, contents), "", "| what | value |", "|---|---|"]
     for part, rows in contents["table"].items():
-        lines += [f"| {part} | {row['what']} | {row['value']} |" for row in rows]
-    return "\n".join(lines)
+        if "numbers" not in part and part != "compiling":
+            lines += [f"| {row['what']} | {row['value']} |" for row in rows if not row.get("failed")]
+    return "\n".join([*lines, "", counted_against_measured(contents), "", errors_on_a_gpu(contents)])
+
+
+def counted_against_measured(contents: dict) -> str:
+    """The table of kernels' times on a GPU beside the counted clock's bound of the same call."""
+    lines = [
+        "Counted against measured: microseconds of all launches of a kernel in one call, forward and backward "
+        "(measured by the profiler), over the [counted clock's](counted_clock.md) bound.",
+        "",
+        "| call | kernel | counted | measured | times |",
+        "|---|---|---|---|---|",
+    ]
+    for rows in contents["table"].values():
+        for row in rows:
+            for kernel, counted in row.get("counted", {}).items():
+                if kernel in row["kernels"]:
+                    measured = row["kernels"][kernel][1]
+                    call = row["what"].removesuffix(": ours")
+                    name, times = kernel.removesuffix("_kernel"), measured / counted
+                    lines.append(f"| {call} | {name} | {counted:.0f} | {measured:.0f} | {times:.1f} |")
+    return "\n".join(lines) if len(lines) > 4 else ""
+
+
+def errors_on_a_gpu(contents: dict) -> str:
+    """Relative errors against float64 of every configuration, and of what was beside it: the largest of all outputs
+    and gradients, and where it is."""
+    lines = [
+        "Errors against float64, the largest of outputs and gradients (where):",
+        "",
+        "| kernels | ours | beside |",
+        "|---|---|---|",
+    ]
+    for part, rows in contents["table"].items():
+        for row in rows if "numbers" in part else ():
+            if "errors" not in row:
+                if not row["value"].startswith("not run"):
+                    lines.append(f"| {row['what']} | {row['value'].split('. ')[0][:100]} | |")
+                continue
+            text = {}
+            for who, errors in row["errors"].items():
+                where = max(errors, key=errors.get)
+                text[who] = f"{errors[where]:.1e} ({where})"
+            beside = "; ".join(f"{who} {value}" for who, value in text.items() if who != "ours")
+            lines.append(f"| {row['what']} | {text['ours']} | {beside} |")
+    return "\n".join(lines) if len(lines) > 4 else ""
 
 
 def draw() -> None:

@@ -127,8 +127,11 @@ def delta(
         found = {"ours": run_delta(chunk_delta_rule, inputs, through, **options, state_stride=stride)}
         if stride is None:
             for name, rule in peers.items():
-                with share_of_configurations(0, 1000):
-                    found[name] = run_delta(rule, inputs, through, **options)
+                try:
+                    with share_of_configurations(0, 1000):
+                        found[name] = run_delta(rule, inputs, through, **options)
+                except RuntimeError as refusal:  # fla's gated rule before Triton 3.7.1 on Hopper, say
+                    print(f"  {name}: {str(refusal).splitlines()[0]}")
         for name, result in found.items():
             for output, error in errors_of(*result, *expected).items():
                 worst[name][output] = max(worst[name].get(output, 0.0), error)
