@@ -7,7 +7,7 @@ import torch
 from refine.models import MODELS
 from tests.refine import tiny
 
-HYBRIDS = ("qwen3_5", "olmo_hybrid")
+HYBRIDS = ("qwen3_5", "qwen3_next", "olmo_hybrid")
 FAMILIES = (*tiny.FAMILIES, *HYBRIDS)
 
 
@@ -30,5 +30,11 @@ def tiny_model(family: str = "delta_net", dtype: torch.dtype = torch.float64, **
         common |= {"head_dim": 16}
     else:
         common |= {"linear_num_key_heads": 2}
+    if family == "qwen3_next":  # a mixture of experts in every layer
+        common |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        common |= {"shared_expert_intermediate_size": 16}
     model_class = MODELS[family]
-    return model_class(model_class.config_class(**common | settings)).to(dtype)
+    config = model_class.config_class(**common | settings)
+    if family == "qwen3_next":
+        config._experts_implementation = "eager"  # the others have no float64
+    return model_class(config).to(dtype)

@@ -109,8 +109,8 @@ def test_states_traces_and_what_follows_are_those_of_the_documents(family):
     got = torch.autograd.grad((hidden * cotangent).sum(), weights, allow_unused=True)
     wanted = torch.autograd.grad((expected * cotangent).sum(), weights, allow_unused=True)
     for a, b in zip(got, wanted):
-        if b is not None:
-            assert_close(a, b, 1e-9)
+        if b is not None:  # a router of experts computes in float32
+            assert_close(a, b, 1e-7 if family == "qwen3_next" else 1e-9)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
