@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
+from benchmarks.full_size import LACT, ROPE, SIZES
 from benchmarks.gpu.measuring import CUDA, DEVICE, HALF, Row, milliseconds, peak_gb, row
 from benchmarks.gpu.pool import Task
-from benchmarks.hybrid_full_size import ROPE, SIZES
 from benchmarks.prompt_once import make_batch, once, separately
 from refine import RefineConfig, refine_step
 from refine.method import next_token_targets
@@ -20,10 +20,9 @@ _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 100, "interme
 MODELS = {
     "DeltaNet-1.3B": ("delta_net", {"hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 16,
                                     "intermediate_size": 5632, "vocab_size": 32000}, {"num_heads": 2}),
-    "LaCT-760M": ("lact", {"hidden_size": 1536, "num_hidden_layers": 24, "num_attn_heads": 24, "num_lact_heads": 4,
-                           "lact_chunk_size": 2048, "window_size": 2048, "w0_w2_low_rank": 32, "rope_theta": 1e6,
-                           "vocab_size": 32000},
-                  {"num_attn_heads": 4, "num_lact_heads": 2, "lact_chunk_size": 64, "window_size": 64}),
+    "LaCT-760M": (
+        "lact", LACT, {"num_attn_heads": 4, "num_lact_heads": 2, "lact_chunk_size": 64, "window_size": 64}
+    ),
     "Qwen3.5-0.8B": ("qwen3_5", {"rope_parameters": ROPE, **SIZES["0.8B"]},
                      {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
                       "linear_num_value_heads": 2, "linear_num_key_heads": 2, "num_hidden_layers": 4}),

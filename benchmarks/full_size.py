@@ -1,6 +1,6 @@
 """One published size with random weights: load, read, one REFINE step, generate; time and memory of each.
 
-``python -m benchmarks.hybrid_full_size [--size 0.8B] [--tokens 1024]``. Weights are float32, gradient checkpointing
+``python -m benchmarks.full_size [--size 0.8B | 2B | LaCT-760M] [--tokens 1024]``. Weights are float32, gradient checkpointing
 is on, and the update is plain SGD, so memory is the weights, their gradients and one layer's activations.
 """
 
@@ -23,6 +23,10 @@ SIZES = {
     "2B": {"hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 6144, "num_attention_heads": 8,
            "num_key_value_heads": 2, "linear_num_value_heads": 16, "tie_word_embeddings": True},
 }  # fmt: skip
+LACT = {
+    "hidden_size": 1536, "num_hidden_layers": 24, "num_attn_heads": 24, "num_lact_heads": 4, "vocab_size": 32000,
+    "lact_chunk_size": 2048, "window_size": 2048, "w0_w2_low_rank": 32, "rope_theta": 1e6,
+}  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
 
 
@@ -36,8 +40,8 @@ def memory(name: str) -> float:
 
 def main() -> None:
     """Each stage prints its seconds and the most memory that the process has had."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.hybrid_full_size", description=__doc__)
-    parser.add_argument("--size", default="0.8B", choices=SIZES)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.full_size", description=__doc__)
+    parser.add_argument("--size", default="0.8B", choices=[*SIZES, "LaCT-760M"])
     parser.add_argument("--tokens", type=int, default=1024)
     options = parser.parse_args()
     began = time.perf_counter()
@@ -49,7 +53,10 @@ def main() -> None:
         began = now
 
     with tempfile.TemporaryDirectory() as folder:
-        model = new_model("qwen3_5", rope_parameters=ROPE, **SIZES[options.size])
+        if options.size in SIZES:
+            model = new_model("qwen3_5", rope_parameters=ROPE, **SIZES[options.size])
+        else:
+            model = new_model("lact", **LACT)
         tensors = [name for name, _ in model.named_parameters()]
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tensors)} tensors")
         model.to(torch.bfloat16).save_pretrained(folder)
