@@ -84,7 +84,7 @@ def run(name: str, chosen: Set, workers: str, selected: list[str]) -> tuple[str,
     if interpreter is None or subprocess.run([interpreter, "-c", ""], capture_output=True).returncode:
         return "-", f"left out: python{chosen.python} is not installed", True
     folder = ROOT / ".releases" / name.replace(" ", "-")
-    log = folder.with_suffix(".log")
+    log = folder.with_name(f"{folder.name}.log")
     folder.parent.mkdir(exist_ok=True)
     with log.open("w", encoding="utf-8") as output:
         if not install(interpreter, folder, chosen.releases, output):
@@ -101,7 +101,7 @@ def run(name: str, chosen: Set, workers: str, selected: list[str]) -> tuple[str,
         if chosen.instructions:
             environment["ATEN_CPU_CAPABILITY"] = instructions
         command = [python, "-m", "pytest", "-n", workers, "--dist", "worksteal", "-m", "not slow"]
-        command += ["--benchmark-disable", "-p", "no:cacheprovider", "-q", *selected]
+        command += ["--benchmark-disable", "-p", "no:cacheprovider", "-v", *selected]
         done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=output, env=environment)
     summary = re.findall(r"^=* ?(.*(?:passed|failed|error).*?) in [\d.]+s.*$", log.read_text(), re.M)
     verdict = summary[-1] if summary else f"no result, see {log.relative_to(ROOT)}"
