@@ -1,4 +1,4 @@
-"""``python -m tests refine.train ...``: a module as a command, with the seeds shifted as in the tests that start it."""
+"""``python -m tests refine.train ...``: a module as a command, its seeds shifted as the tests' are."""
 
 import runpy
 import sys
