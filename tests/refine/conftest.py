@@ -23,7 +23,7 @@ def text_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """For runs that are compared bit for bit: on several threads the same products may differ in their last place."""
+    """For runs compared bit for bit: on several threads the same products may differ in their last place."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -105,9 +105,8 @@ def arguments_of(mode):
 
 
 def assert_same(actual, expected, tolerance, plain=None):
-    """Within ``tolerance``. Given ``plain``, the definition in the dtype of ``actual``, gradients go through Muon: how
-    far it magnifies rounding hangs on a step's small singular values. They are within 1e-4, or four times what
-    ``plain`` loses.
+    """Within ``tolerance``. Given ``plain``, the definition in the dtype of ``actual``, gradients go through Muon,
+    which magnifies rounding by a step's small singular values: within 1e-4, or four times what ``plain`` loses.
     """
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
