@@ -1,4 +1,4 @@
-"""``python -m tests.releases``: the suite under other releases, threads, instruction sets, seeds, one line each.
+"""``python tests/releases.py``: the suite under other releases, threads, instruction sets, seeds, one line each.
 
 Makes a throw-away environment per set (under ``.releases/``, kept for the next time), installs the set beside this
 checkout and runs the tests that are not slow. What should change no result is shifted along with the releases, so
@@ -36,7 +36,7 @@ class Set(NamedTuple):
 OLDEST = {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0", "numpy": "2.3.5"}
 NEWEST = {"torch": "2.13.0", "triton": "3.9.0", "transformers": "5.24.0"}
 MIDDLE = {"torch": "2.14.1", "triton": "3.7.1", "transformers": "5.20.2"}
-SETS = {  # the first four cover every release, number of threads and instruction set; the others tell which it was
+SETS = {  # the first four cover all releases, threads and instruction sets; the others tell which one it was
     "oldest": Set("3.11", OLDEST, threads=1, instructions="default", shift=1),
     "Python 3.13": Set("3.13", NEWEST, threads=2, instructions="avx2", shift=2),
     "middle": Set("3.11", MIDDLE, threads=4, instructions="avx512", shift=3),
@@ -55,7 +55,7 @@ EXTRAS = "data,plots,dev"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.releases", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python tests/releases.py", description=__doc__.split("\n")[0])
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"default: all of {', '.join(SETS)}")
     parser.add_argument("--workers", default="2", help="processes that run tests (default: 2)")
     parser.add_argument("--files", nargs="+", default=[], help="only these files or folders of tests")
