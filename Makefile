@@ -38,9 +38,9 @@ test-all: lint
 test-faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -q -s --benchmark-disable
 
-# The suite in throw-away environments with the oldest and the newest releases; up to 20 minutes each.
-test-releases: setup
-	$(BIN)/python -m tests.releases
+# The suite in throw-away environments: releases, threads, instruction sets and seeds; up to 25 minutes each.
+test-releases:
+	$(PYTHON) tests/releases.py
 
 # The pages and the API reference as a site, site/index.html; a link that leads nowhere is an error.
 docs: setup

@@ -1,5 +1,6 @@
 """The tests. ``REFINE_TEST_SEED_SHIFT=n`` shifts every seed that ``torch.manual_seed`` and generators are given, so
-that the inputs of all tests change; in processes that a test starts, too, which is why this is done here.
+that the inputs of all tests change; in processes that a test starts, too, which is why this is done here: a command
+whose results are compared is started as ``python -m tests refine.train``.
 """
 
 import os

@@ -1,8 +1,10 @@
-"""``python -m tests.releases``: the suite under the oldest and the newest release of everything, one line per set.
+"""``python tests/releases.py``: the suite under other releases, threads, instruction sets, seeds, one line each.
 
 Makes a throw-away environment per set (under ``.releases/``, kept for the next time), installs the set beside this
-checkout and runs the tests that are not slow. Takes up to 20 minutes and up to 6 GB of downloads per set, so it is
-not part of the suite. A Python that is not installed, or a release without a wheel for it, is said and left out.
+checkout and runs the tests that are not slow. What should change no result is shifted along with the releases, so
+that a few sets cover all of it: the threads of each process, PyTorch's instruction set (one that the processor
+lacks becomes the largest it has; the line says which it was) and every seed. Takes up to 25 minutes and up to 6 GB
+of downloads per set, so it is not part of the suite. A Python that is not installed is said and left out.
 """
 
 from __future__ import annotations
@@ -15,31 +17,48 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+class Set(NamedTuple):
+    """What the suite is run with."""
+
+    python: str
+    releases: dict[str, str]
+    threads: int = 1
+    instructions: str = ""  # ATEN_CPU_CAPABILITY: default, avx2, avx512; empty: what PyTorch takes by itself
+    shift: int = 0  # REFINE_TEST_SEED_SHIFT
+
+
 # triton 3.6's interpreter takes numbers out of arrays in a way that numpy 2.4 refuses
 OLDEST = {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0", "numpy": "2.3.5"}
 NEWEST = {"torch": "2.13.0", "triton": "3.9.0", "transformers": "5.24.0"}
-SETS: dict[str, tuple[str, dict[str, str]]] = {  # name -> (Python, releases)
-    "oldest": ("3.11", OLDEST),
-    "newest": ("3.11", NEWEST),
-    "transformers 5.17": ("3.11", NEWEST | {"transformers": "5.17.0"}),
-    "transformers 5.20": ("3.11", NEWEST | {"transformers": "5.20.2"}),
-    "triton 3.6": ("3.11", NEWEST | {"triton": "3.6.0", "numpy": "2.3.5"}),
-    "triton 3.7": ("3.11", NEWEST | {"triton": "3.7.1"}),
-    "triton 3.8": ("3.11", NEWEST | {"triton": "3.8.0"}),
-    "torch 2.14": ("3.11", NEWEST | {"torch": "2.14.1"}),
-    "Python 3.12": ("3.12", NEWEST),
-    "Python 3.13": ("3.13", NEWEST),
-    "Python 3.14": ("3.14", NEWEST),
+MIDDLE = {"torch": "2.14.1", "triton": "3.7.1", "transformers": "5.20.2"}
+SETS = {  # the first four cover all releases, threads and instruction sets; the others tell which one it was
+    "oldest": Set("3.11", OLDEST, threads=1, instructions="default", shift=1),
+    "Python 3.13": Set("3.13", NEWEST, threads=2, instructions="avx2", shift=2),
+    "middle": Set("3.11", MIDDLE, threads=4, instructions="avx512", shift=3),
+    "triton 3.8": Set("3.11", NEWEST | {"triton": "3.8.0"}, threads=3, shift=4),
+    "newest": Set("3.11", NEWEST),
+    "transformers 5.17": Set("3.11", NEWEST | {"transformers": "5.17.0"}, shift=5),
+    "transformers 5.20": Set("3.11", NEWEST | {"transformers": "5.20.2"}, shift=6),
+    "triton 3.6": Set("3.11", NEWEST | {"triton": "3.6.0", "numpy": "2.3.5"}, shift=7),
+    "triton 3.7": Set("3.11", NEWEST | {"triton": "3.7.1"}, shift=8),
+    "torch 2.14": Set("3.11", NEWEST | {"torch": "2.14.1"}, shift=9),
+    "Python 3.12": Set("3.12", NEWEST, instructions="avx2", shift=10),
+    "Python 3.14": Set("3.14", NEWEST, threads=2, shift=11),
 }
+INSTRUCTIONS = ("default", "avx2", "avx512")
 EXTRAS = "data,plots,dev"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.releases", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python tests/releases.py", description=__doc__.split("\n")[0])
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"default: all of {', '.join(SETS)}")
     parser.add_argument("--workers", default="2", help="processes that run tests (default: 2)")
+    parser.add_argument("--files", nargs="+", default=[], help="only these files or folders of tests")
     parser.add_argument("-k", default="", help="only tests that match, as for pytest")
     given = parser.parse_args()
     for name in given.sets:
@@ -47,52 +66,75 @@ def main() -> int:
             parser.error(f"there is no set {name!r}; sets are {', '.join(SETS)}")
     failed = False
     for name in given.sets or SETS:
-        python, releases = SETS[name]
-        listed = ", ".join(f"{package} {release}" for package, release in releases.items())
+        chosen = SETS[name]
         began = time.perf_counter()
-        verdict, fine = run(name, python, releases, given.workers, given.k)
+        selected = [*given.files, *(["-k", given.k] if given.k else [])]
+        instructions, verdict, fine = run(name, chosen, given.workers, selected)
         failed |= not fine
         minutes = (time.perf_counter() - began) / 60
-        print(f"{name:<18} Python {python}, {listed:<52} {verdict} ({minutes:.0f} min)", flush=True)
+        listed = ", ".join(f"{package} {release}" for package, release in chosen.releases.items())
+        listed += f"; threads {chosen.threads}, {instructions}, seeds +{chosen.shift}"
+        print(f"{name:<17} Python {chosen.python}, {listed:<96} {verdict} ({minutes:.0f} min)", flush=True)
     return int(failed)
 
 
-def run(name: str, python: str, releases: dict[str, str], workers: str, match: str) -> tuple[str, bool]:
-    """Install one set and run the suite: what to say of it, and whether that is fine."""
-    interpreter = shutil.which(f"python{python}")
+def run(name: str, chosen: Set, workers: str, selected: list[str]) -> tuple[str, str, bool]:
+    """Install one set and run the suite: the instruction set used, what to say of it, and whether that is fine."""
+    interpreter = shutil.which(f"python{chosen.python}")
     if interpreter is None or subprocess.run([interpreter, "-c", ""], capture_output=True).returncode:
-        return f"left out: python{python} is not installed", True
+        return "-", f"left out: python{chosen.python} is not installed", True
     folder = ROOT / ".releases" / name.replace(" ", "-")
-    log = folder.with_suffix(".log")
+    log = folder.with_name(f"{folder.name}.log")
     folder.parent.mkdir(exist_ok=True)
-    binaries = folder / "bin"
     with log.open("w", encoding="utf-8") as output:
-        if not (folder / ".installed").is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            subprocess.run([interpreter, "-m", "venv", folder], check=True)
-            pip = [binaries / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-            torch, *others = (f"{package}=={release}" for package, release in releases.items())
-            pins = folder / "constraints.txt"
-            pins.write_text("\n".join([torch, *others]) + "\n", encoding="utf-8")
-            for step in ([torch], ["--no-deps", *others], ["--constraint", pins, "-e", f"{ROOT}[{EXTRAS}]"]):
-                if subprocess.run([*pip, *step], stdout=output, stderr=output).returncode:
-                    return f"could not be installed, see {log.relative_to(ROOT)}", False
-            (folder / ".installed").touch()
-        command = [
-            binaries / "python",
-            "-m",
-            "pytest",
-            "-n",
-            workers,
-            "--dist",
-            "worksteal",
-            "-m",
-            "not slow",
-        ]
-        command += ["--benchmark-disable", "-p", "no:cacheprovider", "-q", *(["-k", match] if match else [])]
-        done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=output, env=os.environ | {"CI": "1"})
+        if not install(interpreter, folder, chosen.releases, output):
+            return "-", f"could not be installed, see {log.relative_to(ROOT)}", False
+        python = folder / "bin" / "python"
+        environment = os.environ | {
+            "CI": "1",
+            "OMP_NUM_THREADS": str(chosen.threads),
+            "OMP_WAIT_POLICY": "passive",  # there may be more threads than cores
+            "REFINE_TEST_SEED_SHIFT": str(chosen.shift),
+        }
+        instructions = capability(python, chosen.instructions)
+        environment.pop("ATEN_CPU_CAPABILITY", None)
+        if chosen.instructions:
+            environment["ATEN_CPU_CAPABILITY"] = instructions
+        command = [python, "-m", "pytest", "-n", workers, "--dist", "worksteal", "-m", "not slow"]
+        command += ["--benchmark-disable", "-p", "no:cacheprovider", "-v", *selected]
+        done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=output, env=environment)
     summary = re.findall(r"^=* ?(.*(?:passed|failed|error).*?) in [\d.]+s.*$", log.read_text(), re.M)
-    return (summary[-1] if summary else f"no result, see {log.relative_to(ROOT)}"), done.returncode == 0
+    verdict = summary[-1] if summary else f"no result, see {log.relative_to(ROOT)}"
+    return instructions, verdict, done.returncode == 0
+
+
+def install(interpreter: str, folder: Path, releases: dict[str, str], output: IO[str]) -> bool:
+    """Make the environment ``folder`` unless it is there; what pip says goes to ``output``."""
+    if (folder / ".installed").is_file():
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run([interpreter, "-m", "venv", folder], check=True)
+    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    listed = {package: f"{package}=={release}" for package, release in releases.items()}
+    triton = listed.pop("triton")  # last and alone: torch asks for one release of it
+    pins = folder / "constraints.txt"
+    pins.write_text("\n".join(listed.values()) + "\n", encoding="utf-8")
+    for step in (["--constraint", pins, "-e", f"{ROOT}[{EXTRAS}]"], ["--no-deps", triton]):
+        if subprocess.run([*pip, *step], stdout=output, stderr=output).returncode:
+            return False
+    (folder / ".installed").touch()
+    return True
+
+
+def capability(python: Path, wanted: str) -> str:
+    """The instruction set that PyTorch shall use: what is wanted, or all that the processor has if that is less."""
+    clean = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+    code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, env=clean)
+    found = done.stdout.strip().lower()
+    if wanted in INSTRUCTIONS and found in INSTRUCTIONS:
+        return min(wanted, found, key=INSTRUCTIONS.index)
+    return found
 
 
 if __name__ == "__main__":

@@ -18,9 +18,17 @@ import numpy as np
 import torch
 
 from refine.data.document import BadRow, DataError, cut_middle, is_held_out, stable_hash
-from refine.data.recall_documents import recall_document, recall_items
+from refine.data.recall_documents import recall_items
 from refine.data.rows import ROW_KINDS, all_rows, first_line, is_file_of_rows, split_of
-from refine.data.stream import NAME_HELD_OUT, DataConfig, DataCounts, Example, collate, compare_position
+from refine.data.stream import (
+    NAME_HELD_OUT,
+    DataConfig,
+    DataCounts,
+    Example,
+    collate,
+    compare_position,
+    recall_chars,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -238,10 +246,9 @@ def answer_after(prompt: str, answer: str) -> str:
 
 def generated_pairs(config: DataConfig, encode: Callable, split: str) -> Iterator[tuple[str, str]]:
     """Recall questions over the project's default text, of most of ``max_length`` tokens."""
-    sample = [recall_document(0, index).text for index in range(4)]
-    chars = 0.85 * config.max_length * sum(map(len, sample)) / sum(len(encode(text)) for text in sample)
     seed = config.seed if split == "train" else 0
-    for item in recall_items(seed, _ITEMS[split], int(chars), split=split):
+    chars = recall_chars(encode, config.max_length)
+    for item in recall_items(seed, _ITEMS[split], chars, split=split):
         yield item.prompt, item.answer
 
 

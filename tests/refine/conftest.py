@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import refine.train as training
 from refine.paper import stages
@@ -18,6 +19,15 @@ from tests.refine.runs import write_text
 def text_file(tmp_path_factory) -> Path:
     """A file of documents of a few hundred tokens each, which no test changes."""
     return write_text(tmp_path_factory.mktemp("data") / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For runs compared bit for bit: on several threads the same products may differ in their last place."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -81,6 +81,7 @@ def test_a_run_trains_and_saves_adapters_alone(tmp_path, text_file, rows, phase)
     assert not hasattr(merged, "peft_config")
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_resumed_run_is_the_same_run(tmp_path, text_file):
     changes = LORA | {"max_steps": 4, "save_steps": 2, "lora_dropout": 0.1, "lora_modules_to_save": "norm"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -86,7 +86,7 @@ def test_kill_9_then_resume(tmp_path, ttt):
     arguments += ["--ttt", ttt, "--ttt_batch_size", "2", "--learning_rate", "1e-3"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert evaluation.main([*arguments, "--output_dir", str(whole)]) == 0
-    command = [sys.executable, "-m", "refine.eval", *arguments, "--output_dir", str(killed)]
+    command = [sys.executable, "-m", "tests", "refine.eval", *arguments, "--output_dir", str(killed)]
     kills = 0
     for seen in (1, 4, 9):
         resume = ["--resume"] if (killed / "predictions.jsonl").exists() else []

@@ -224,6 +224,7 @@ def test_metrics_have_the_names_of_trl(prompt_file, tmp_path):
     assert (tmp_path / "samples").is_dir() and (tmp_path / "reward.png").is_file()
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_resumed_run_is_the_same_run(prompt_file, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     changes = GRPO | {"eval_samples": 0, "beta": 0.05, "lr_scheduler_type": "constant"}

@@ -41,6 +41,7 @@ def pair_file(tmp_path_factory):
     "changes",
     [{"gradient_accumulation_steps": 2}, {"num_mini_batches": 2}, {"prompt_step": "none"}],
 )
+@pytest.mark.usefixtures("one_thread")
 def test_a_resumed_run_is_the_same_run(tmp_path, pair_file, changes):
     changes = {"phase": "post", "max_steps": 4, "eval_samples": 0} | changes
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, text_file):
+def finished(tmp_path_factory, text_file, one_thread):
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert run(folder, text_file, eval_samples=2) == 0
     return folder

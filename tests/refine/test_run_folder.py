@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, text_file):
+def finished(tmp_path_factory, text_file, one_thread):
     """A run of 8 updates with all its checkpoints."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert run(folder, text_file, max_steps=8) == 0

@@ -74,6 +74,7 @@ def test_a_run_writes_everything(tmp_path, text_file, phase, capsys):
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_mini_batches": 2}, {"phase": "sft"}])
+@pytest.mark.usefixtures("one_thread")
 def test_a_resumed_run_is_the_same_run(tmp_path, text_file, changes):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(whole, text_file, **changes) == 0

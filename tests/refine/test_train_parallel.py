@@ -34,7 +34,7 @@ def torchrun(output_dir, data, **changes) -> str:
         "--master_port",
         str(port),
     ]
-    command += ["-m", "refine.train", *command_line(output_dir, data, **SHORT | changes)]
+    command += ["-m", "tests", "refine.train", *command_line(output_dir, data, **SHORT | changes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

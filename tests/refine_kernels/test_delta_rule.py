@@ -72,10 +72,23 @@ def run(
     }
 
 
-def assert_same(actual, expected, tolerance):
+def sizes_before_norm(inputs, *, use_qk_l2norm_in_kernel=False, **options):
+    """Norms of dq and dk before the unit norm takes out what lies along q and k, which may be most of it."""
+    if not use_qk_l2norm_in_kernel:
+        return {}
+    inputs = to_double(inputs)
+    lengths = {name: inputs[name].norm(dim=-1, keepdim=True) for name in ("q", "k")}
+    unit = {name: inputs[name] / length for name, length in lengths.items()}
+    gradients = run(inputs | unit, backend="reference", **options)
+    return {f"d{name}": (gradients[f"d{name}"] / length).norm().item() for name, length in lengths.items()}
+
+
+def assert_same(actual, expected, tolerance, sizes=None):
+    """Errors relative to the norm of what is expected, or to one of ``sizes`` if that is larger."""
     assert actual.keys() == expected.keys()
-    for name in expected:
-        assert_close(actual[name], expected[name], tolerance, name)
+    for name, value in expected.items():
+        size, larger = value.double().norm().item(), (sizes or {}).get(name, 0.0)
+        assert_close(actual[name], value, tolerance * max(1.0, larger / max(size, 1e-30)), name)
 
 
 # --- parity with the definition ---------------------------------------------------------------------------

@@ -104,25 +104,24 @@ def arguments_of(mode):
     return {"use_muon": mode["use_muon"], "prenorm": mode["prenorm"]}
 
 
-def assert_same(actual, expected, tolerance):
+def assert_same(actual, expected, tolerance, plain=None):
+    """Within ``tolerance``. Given ``plain``, the definition in the dtype of ``actual``, gradients go through Muon,
+    which magnifies rounding by a step's small singular values: within 1e-4, or four times what ``plain`` loses.
+    """
     assert actual.keys() == expected.keys()
-    for name in expected:
-        assert_close(actual[name], expected[name], tolerance, name)
+    for name, value in expected.items():
+        allowed = tolerance
+        if plain is not None and name.startswith("d"):
+            allowed = max(allowed, 1e-4, 4 * relative_error(plain[name], value))
+        assert_close(actual[name], value, allowed, name)
 
 
-def check(inputs, tolerance, *, gradient_tolerance=None, backend="torch", **options):
+def check(inputs, tolerance, *, backend="torch", **options):
     """A backend against the reference in float64, values and gradients."""
     expected = run(to_double(inputs), backend="reference", **options)
-    actual = run(inputs, backend=backend, **options)
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        is_gradient = name.startswith("d")
-        assert_close(
-            actual[name],
-            expected[name],
-            (gradient_tolerance or tolerance) if is_gradient else tolerance,
-            name,
-        )
+    muon = options.get("use_muon") and inputs["q"].dtype != torch.float64
+    plain = run(inputs, backend="reference", **options) if muon else None
+    assert_same(run(inputs, backend=backend, **options), expected, tolerance, plain)
 
 
 # --- parity with the published numbers and with the definition ---------------------------------------------
@@ -156,14 +155,7 @@ def test_golden(golden_dir, dtype, backend):
 def test_lengths(tokens, mode, dtype):
     """Shorter than one chunk, exactly a multiple, one over, and anything."""
     inputs = make_inputs(2, tokens, use_momentum=mode["use_momentum"], dtype=dtype)
-    muon = mode["use_muon"] and dtype == torch.float32
-    check(
-        inputs,
-        TOLERANCE[dtype],
-        gradient_tolerance=1e-4 if muon else None,
-        chunk_size=32,
-        **arguments_of(mode),
-    )
+    check(inputs, TOLERANCE[dtype], chunk_size=32, **arguments_of(mode))
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 32])

@@ -41,7 +41,9 @@ def run_reference(inputs, repeat, upstream=None, **options):
     return outputs, dict(zip(leaves, found))
 
 
-def check_chunks(inputs, repeat, *, state_stride=64, cu_seqlens=None):
+def check_chunks(inputs, repeat, *, state_stride=64, cu_seqlens=None, nothing_forgotten=False):
+    """``nothing_forgotten``: a gate's gradient ``<S, dS>`` is nearly the same sum over the state at every token. It
+    may cancel and is measured against its terms, known at the first token."""
     given = [inputs[name] for name in NAMES]
     scale = inputs["q"].shape[-1] ** -0.5
     o, final, states, checkpoints, kept = triton_chunk.forward(
@@ -59,7 +61,12 @@ def check_chunks(inputs, repeat, *, state_stride=64, cu_seqlens=None):
     for name, x in zip(NAMES, found):
         if inputs[name] is not None:
             assert x.dtype == inputs[name].dtype
-            assert_close(x, gradients[name], 1e-5, f"d{name}")
+            tolerance = 1e-5
+            if name == "g" and nothing_forgotten:
+                terms = gradients["initial_state"] * inputs["initial_state"].double()
+                size = terms.norm() * x.shape[1] ** 0.5
+                tolerance *= max(1.0, (size / gradients["g"].norm()).item())
+            assert_close(x, gradients[name], tolerance, f"d{name}")
     return found
 
 
@@ -98,7 +105,7 @@ def test_decays_above_zero():
     check_chunks(make_inputs(2, 100, 1, 1, 16, 24, gated=True, growing=True), 1)
     strong = make_inputs(1, 64, 1, 1, 16, 8, gated=True)
     strong["g"] = torch.full_like(strong["g"], 0.5)
-    check_chunks(strong, 1)
+    check_chunks(strong, 1, nothing_forgotten=True)
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
