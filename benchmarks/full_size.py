@@ -1,8 +1,8 @@
 """One published size with random weights: load, read, one REFINE step, generate; time and memory of each.
 
 ``python -m benchmarks.full_size [--size 0.8B | 2B | LaCT-760M] [--tokens 1024]``. Weights
-are float32, gradient checkpointing is on, and the update is plain SGD, so memory is the weights, their gradients and
-one layer's activations.
+are float32, gradient checkpointing is on, and the update is plain SGD, so memory is the weights, their gradients
+and one layer's activations.
 """
 
 from __future__ import annotations
