@@ -1,8 +1,8 @@
 """One published size with random weights: load, read, one REFINE step, generate; time and memory of each.
 
-``python -m benchmarks.full_size [--size 0.8B | 2B | LaCT-760M] [--tokens 1024]``. Weights
+``python -m benchmarks.full_size [--size 0.8B | 2B | LaCT-760M] [--tokens 1024] [--lora]``. Weights
 are float32, gradient checkpointing is on, and the update is plain SGD, so memory is the weights, their gradients
-and one layer's activations.
+and one layer's activations; with ``--lora`` adapters alone have gradients.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from refine import RefineConfig, load_model, refine_step
 from refine.models import new_model
+from refine.models.adapters import add_adapters
 
 # Qwen3.5, dense: what its sizes differ in. All have heads of 256 with 64 rotated and 16 key heads of 128.
 SIZES = {
@@ -44,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.full_size", description=__doc__)
     parser.add_argument("--size", default="0.8B", choices=[*SIZES, "LaCT-760M"])
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--lora", action="store_true", help="train LoRA adapters of rank 16 alone")
     options = parser.parse_args()
     began = time.perf_counter()
 
@@ -69,8 +71,12 @@ def main() -> None:
     with torch.no_grad():
         model.eval()(ids[:, :512])
     done("512 tokens read")
+    if options.lora:
+        model = add_adapters(model, options.size)
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    print(f"{sum(p.numel() for p in trained):,} parameters are trained")
+    optimizer = torch.optim.SGD(trained, lr=1e-3)
     output = refine_step(model, ids, RefineConfig(), generator=torch.Generator().manual_seed(0))
     output.loss.backward()
     optimizer.step()
