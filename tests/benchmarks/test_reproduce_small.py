@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from benchmarks import reproduce_small
-from benchmarks.reproduce_small import EQUAL_TIME, interval, render, summarize
+from benchmarks.reproduce_small import EQUAL_TIME, MAIN, interval, render, summarize, verdict
 
 ITEMS = 60
-MEASURES = {name: reproduce_small.MEASURES[name] for name in ("loss", "copy_32")}
+MEASURES = {name: reproduce_small.MEASURES[name] for name in (MAIN, "loss", "copy_32")}
 
 
 @pytest.fixture(autouse=True)
@@ -66,9 +66,51 @@ def test_a_table_marks_what_leaves_zero_out():
     unsure = render(summarize(runs(noise=1.0), ratios))
     assert sure.count("**+0.0") == len(MEASURES) and "**" not in unsure
     assert "| time of an update / SFT | - | 1.00 | 1.30 |" in sure
-    assert sure.count("\n") == len(MEASURES) + 3
+    assert "| seeds | - | 3 | 3 |" in sure
+    assert sure.count("\n") == len(MEASURES) + 4
     with_time = render(summarize(runs(arms=("REFINE", EQUAL_TIME)), ratios))
     assert with_time.startswith(f"| | before | SFT | REFINE | {EQUAL_TIME} |")
+
+
+def test_seeds_are_compared_with_themselves():
+    """An arm that has fewer seeds than SFT, and not the first of them."""
+    found = [one for one in runs(gain=0.02) if one["arm"] != "REFINE" or one["seed"] > 0]
+    refine = summarize(found, {"SFT": 1.0, "REFINE": 1.3})["measures"]["REFINE"][MAIN]
+    assert refine["differences"] == pytest.approx([0.02, 0.02])
+
+
+def test_plain_text_is_compared_with_plain_text():
+    found = runs(gain=0.02, arms=("SFT, plain text", "REFINE, plain text"))
+    rows = summarize(found, dict.fromkeys(reproduce_small.ORDER, 1.0))["measures"]
+    assert rows["REFINE, plain text"]["loss"]["difference"] == pytest.approx(0)
+    assert "difference" not in rows["SFT, plain text"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("gain", "noise", "time_gain", "says"),
+    [
+        (0.01, 0.0, 0.0, "**Supported**"),
+        (0.01, 0.0, 0.02, "at equal updates only"),
+        (0.05, 0.0, 0.0, "**A trade**"),  # the same numbers are a loss that has risen
+        (-0.05, 0.0, 0.0, "**Contradicted**"),
+        (0.0, 0.05, 0.0, "more than 3 points is excluded"),
+        (0.0, 3.0, 0.0, "the question stays open"),
+    ],
+)
+def test_the_verdict_is_what_the_statement_says(gain, noise, time_gain, says):
+    found = runs(gain=gain, noise=noise)
+    longer = [one | {"arm": EQUAL_TIME} for one in runs(gain=time_gain) if one["arm"] == "REFINE"]
+    assert says in verdict(summarize(found + longer, dict.fromkeys(reproduce_small.ORDER, 1.0)))
+
+
+def test_the_page_has_a_place_for_everything():
+    """A field that the page lacks, or that nothing fills, would only show after an hour of runs."""
+    from string import Formatter
+
+    assert {name for _, name, _, _ in Formatter().parse(reproduce_small.PAGE) if name} == {
+        "support", "verdict", "table", "selection", "samples", "date", "processor", "jobs", "minutes", "torch",
+        "file", "not_run",
+    }  # fmt: skip
 
 
 def test_every_arm_is_a_setting_of_training():
