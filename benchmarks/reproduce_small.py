@@ -527,10 +527,9 @@ def interval(difference: np.ndarray, draws: int = 4000) -> list[float]:
     """95 % interval of the mean of [seeds, items], by resampling both."""
     rng = np.random.default_rng(0)
     seeds, items = difference.shape
-    means = np.empty(draws)
-    for i in range(draws):
-        of_seeds = difference[rng.integers(seeds, size=seeds)].mean(0)
-        means[i] = of_seeds[rng.integers(items, size=items)].mean()
+    of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds  # [draws, seeds]
+    of_items = rng.multinomial(items, np.full(items, 1 / items), size=draws) / items
+    means = ((of_seeds @ difference) * of_items).sum(1)
     return np.percentile(means, [2.5, 97.5]).tolist()
 
 

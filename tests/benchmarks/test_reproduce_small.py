@@ -113,6 +113,33 @@ def test_the_page_has_a_place_for_everything():
     }  # fmt: skip
 
 
+def test_questions_from_one_reading_are_those_of_whole_prompts(monkeypatch, tmp_path):
+    """The answer's nats, of four questions that go on from one state and of four prompts read from the start."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from refine.models import load_model
+    from refine.models.head import SampleToken
+    from refine.prepare import packaged_model
+
+    monkeypatch.setattr(reproduce_small, "TASKS", ("niah_multikey_1",))
+    path = packaged_model()
+    model, tokenizer = load_model(path, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(path)
+    prompts = reproduce_small._prompts(tokenizer, tmp_path / "prompts.pt", {1: 1}, seed=0)
+    assert reproduce_small._prompts(tokenizer, tmp_path / "prompts.pt", {1: 1}, seed=0) == prompts
+    ((shared, questions),) = prompts["niah_multikey_1_1x"]
+    whole = []
+    with torch.no_grad():
+        nats = reproduce_small._needles(model, prompts)["niah_multikey_1_1x_nats"]
+        for rest, answer in questions:
+            ids = torch.tensor([[*shared, *rest, *answer]])
+            head = SampleToken(temperature=0.0, targets=ids[:, 1:])
+            logprob = model(ids[:, :-1], use_cache=False, head=head).logprob
+            whole.append(-logprob[0, -len(answer) :].mean().item())
+    assert len(questions) == 4 and len({tuple(answer) for _, answer in questions}) == 4
+    assert nats == pytest.approx([np.mean(whole)], abs=1e-4)
+
+
 def test_every_arm_is_a_setting_of_training():
     """Arms that a setting's rename would silently make equal."""
     from refine.training.settings import TrainSettings
