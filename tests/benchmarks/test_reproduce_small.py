@@ -86,6 +86,12 @@ def test_plain_text_is_compared_with_plain_text():
     assert "difference" not in rows["SFT, plain text"]["loss"]
 
 
+def test_refine_is_compared_with_the_other_arms_of_sft():
+    found = runs(gain=0.02, arms=("REFINE", EQUAL_TIME))
+    table = summarize(found, dict.fromkeys(reproduce_small.ORDER, 1.0))
+    assert table["refine_minus"][EQUAL_TIME][MAIN]["differences"] == pytest.approx([0, 0, 0])
+
+
 @pytest.mark.parametrize(
     ("gain", "noise", "time_gain", "says"),
     [
@@ -108,8 +114,8 @@ def test_the_page_has_a_place_for_everything():
     from string import Formatter
 
     assert {name for _, name, _, _ in Formatter().parse(reproduce_small.PAGE) if name} == {
-        "support", "verdict", "table", "selection", "samples", "date", "processor", "jobs", "minutes", "torch",
-        "file", "not_run",
+        "support", "verdict", "table", "others", "selection", "samples", "date", "processor", "jobs", "minutes",
+        "torch", "file", "not_run",
     }  # fmt: skip
 
 
