@@ -22,6 +22,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -150,7 +151,8 @@ def main(arguments: list[str] | None = None) -> int:
     found = [one for job in (Job("before"), *jobs) if (one := _read(options.output_dir, job))]
     table = summarize(found, _ratios(options))
     table["select"] = _selection(options)
-    table["not_run"] = [f"{job.arm}, seed {job.seed}" for job in jobs if not _read(options.output_dir, job)]
+    missing = Counter(job.arm for job in jobs if not _read(options.output_dir, job))
+    table["not_run"] = [f"{arm} ({seeds} seed{'s' * (seeds > 1)})" for arm, seeds in missing.items()]
     table["minutes"] = sum(one["minutes"] for one in found) + sum(table["select"]["minutes"])
     print(render(table))
     print(f"{table['minutes']:.0f} minutes of all runs together; not run: {table['not_run'] or 'nothing'}")
@@ -588,6 +590,36 @@ def render_others(table: dict) -> str:
     return "\n".join(lines)
 
 
+def about_steps(table: dict) -> str:
+    """What the control says, in words."""
+    names = [f"{task}_2x_nats" for task in TASKS]
+    beside = [table["measures"]["REFINE"][name] for name in names]
+    control = [table["refine_minus"].get(SMALLER_STEPS, {}).get(name) for name in names]
+    if not all(control):
+        return "That arm was not run."
+    numbers = f"answers at {2 * LENGTH:,} tokens cost REFINE " + " and ".join(
+        f"{one['difference']:+.4f} nats beside SFT, {other['difference']:+.4f} beside SFT with the smaller step"
+        for one, other in zip(beside, control)
+    )
+    if all(other["interval"][0] > 0 for other in control):
+        says = (
+            "SFT with the smaller step gives the answers more probability than REFINE does, so a smaller step is "
+            "enough to explain REFINE's gain"
+        )
+    elif all(other["interval"][1] < 0 for other in control):
+        says = "REFINE gives the answers more probability than SFT with the smaller step does, too"
+    else:
+        says = "REFINE and SFT with the smaller step cannot be told apart"
+    text = f"{says}: {numbers} ({', '.join(TASKS)})."
+    longer = table["measures"].get(EQUAL_TIME, {}).get(MAIN, {}).get("difference", 0)
+    if longer < 0:
+        text += (
+            f" SFT for REFINE's time makes more of these updates and finds {-100 * longer:.1f} points fewer needles "
+            "than SFT; that REFINE is ahead of it is therefore no sign of a better use of the context."
+        )
+    return text
+
+
 def _cell(one: dict) -> str:
     low, high = one["interval"]
     text = f"{one['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
@@ -657,6 +689,7 @@ def _record(options, table: dict) -> None:
             verdict=fill(verdict(table)),
             table=render(table),
             others=render_others(table),
+            steps=fill(about_steps(table)),
             selection="\n".join(selection),
             samples=2 * NEEDLES[2],
             date=contents["date"],
@@ -715,6 +748,8 @@ twice the training length (the model before stands in the first column), and gra
 1 in sum and divided by their own size in AdamW. The policy gradient adds to that size (in the main runs mean
 norms of 1.7 for 1.4), so REFINE moves about 0.8 times as far along the next-token loss as SFT does. SFT at 0.8
 times its rate shows how much of a difference such a smaller step makes by itself.
+
+{steps}
 
 ## Learning rates
 

@@ -114,8 +114,8 @@ def test_the_page_has_a_place_for_everything():
     from string import Formatter
 
     assert {name for _, name, _, _ in Formatter().parse(reproduce_small.PAGE) if name} == {
-        "support", "verdict", "table", "others", "selection", "samples", "date", "processor", "jobs", "minutes",
-        "torch", "file", "not_run",
+        "support", "verdict", "table", "others", "steps", "selection", "samples", "date", "processor",
+        "jobs", "minutes", "torch", "file", "not_run",
     }  # fmt: skip
 
 
