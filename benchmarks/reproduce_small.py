@@ -614,8 +614,8 @@ def about_steps(table: dict) -> str:
     longer = table["measures"].get(EQUAL_TIME, {}).get(MAIN, {}).get("difference", 0)
     if longer < 0:
         text += (
-            f" SFT for REFINE's time makes more of these updates and finds {-100 * longer:.1f} points fewer needles "
-            "than SFT; that REFINE is ahead of it is therefore no sign of a better use of the context."
+            f" SFT for REFINE's time makes more of these updates and finds {-100 * longer:.1f} points fewer "
+            "needles than SFT; that REFINE is ahead of it is therefore no sign of a better use of the context."
         )
     return text
 
