@@ -115,7 +115,7 @@ def test_the_page_has_a_place_for_everything():
 
     assert {name for _, name, _, _ in Formatter().parse(reproduce_small.PAGE) if name} == {
         "support", "verdict", "table", "others", "steps", "selection", "samples", "date", "processor",
-        "jobs", "minutes", "torch", "file", "not_run",
+        "jobs", "minutes", "torch", "file", "not_run", "counts", "documents",
     }  # fmt: skip
 
 
