@@ -49,7 +49,7 @@ docs: setup
 bench: setup
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
-# SFT against REFINE from the tiny model, three seeds: about half an hour on two cores; goes on where it stopped.
+# SFT against REFINE from the tiny model, five seeds: at most an hour on two cores; goes on where it stopped.
 reproduce-small: setup
 	$(BIN)/python -m benchmarks.reproduce_small --record
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from benchmarks import reproduce_small
-from benchmarks.reproduce_small import EQUAL_TIME, interval, render, summarize
+from benchmarks.reproduce_small import EQUAL_TIME, MAIN, interval, render, summarize, verdict
 
 ITEMS = 60
-MEASURES = {name: reproduce_small.MEASURES[name] for name in ("loss", "copy_32")}
+MEASURES = {name: reproduce_small.MEASURES[name] for name in (MAIN, "loss", "copy_32")}
 
 
 @pytest.fixture(autouse=True)
@@ -66,9 +66,84 @@ def test_a_table_marks_what_leaves_zero_out():
     unsure = render(summarize(runs(noise=1.0), ratios))
     assert sure.count("**+0.0") == len(MEASURES) and "**" not in unsure
     assert "| time of an update / SFT | - | 1.00 | 1.30 |" in sure
-    assert sure.count("\n") == len(MEASURES) + 3
+    assert "| seeds | - | 3 | 3 |" in sure
+    assert sure.count("\n") == len(MEASURES) + 4
     with_time = render(summarize(runs(arms=("REFINE", EQUAL_TIME)), ratios))
     assert with_time.startswith(f"| | before | SFT | REFINE | {EQUAL_TIME} |")
+
+
+def test_seeds_are_compared_with_themselves():
+    """An arm that has fewer seeds than SFT, and not the first of them."""
+    found = [one for one in runs(gain=0.02) if one["arm"] != "REFINE" or one["seed"] > 0]
+    refine = summarize(found, {"SFT": 1.0, "REFINE": 1.3})["measures"]["REFINE"][MAIN]
+    assert refine["differences"] == pytest.approx([0.02, 0.02])
+
+
+def test_plain_text_is_compared_with_plain_text():
+    found = runs(gain=0.02, arms=("SFT, plain text", "REFINE, plain text"))
+    rows = summarize(found, dict.fromkeys(reproduce_small.ORDER, 1.0))["measures"]
+    assert rows["REFINE, plain text"]["loss"]["difference"] == pytest.approx(0)
+    assert "difference" not in rows["SFT, plain text"]["loss"]
+
+
+def test_refine_is_compared_with_the_other_arms_of_sft():
+    found = runs(gain=0.02, arms=("REFINE", EQUAL_TIME))
+    table = summarize(found, dict.fromkeys(reproduce_small.ORDER, 1.0))
+    assert table["refine_minus"][EQUAL_TIME][MAIN]["differences"] == pytest.approx([0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("gain", "noise", "time_gain", "says"),
+    [
+        (0.01, 0.0, 0.0, "**Supported**"),
+        (0.01, 0.0, 0.02, "at equal updates only"),
+        (0.05, 0.0, 0.0, "**A trade**"),  # the same numbers are a loss that has risen
+        (-0.05, 0.0, 0.0, "**Contradicted**"),
+        (0.0, 0.05, 0.0, "more than 3 points is excluded"),
+        (0.0, 3.0, 0.0, "the question stays open"),
+    ],
+)
+def test_the_verdict_is_what_the_statement_says(gain, noise, time_gain, says):
+    found = runs(gain=gain, noise=noise)
+    longer = [one | {"arm": EQUAL_TIME} for one in runs(gain=time_gain) if one["arm"] == "REFINE"]
+    assert says in verdict(summarize(found + longer, dict.fromkeys(reproduce_small.ORDER, 1.0)))
+
+
+def test_the_page_has_a_place_for_everything():
+    """A field that the page lacks, or that nothing fills, would only show after an hour of runs."""
+    from string import Formatter
+
+    assert {name for _, name, _, _ in Formatter().parse(reproduce_small.PAGE) if name} == {
+        "support", "verdict", "table", "others", "steps", "selection", "samples", "date", "processor",
+        "jobs", "minutes", "torch", "file", "not_run", "counts", "documents",
+    }  # fmt: skip
+
+
+def test_questions_from_one_reading_are_those_of_whole_prompts(monkeypatch, tmp_path):
+    """The answer's nats, of four questions that go on from one state and of four prompts read from the start."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from refine.models import load_model
+    from refine.models.head import SampleToken
+    from refine.prepare import packaged_model
+
+    monkeypatch.setattr(reproduce_small, "TASKS", ("niah_multikey_1",))
+    path = packaged_model()
+    model, tokenizer = load_model(path, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(path)
+    prompts = reproduce_small._prompts(tokenizer, tmp_path / "prompts.pt", {1: 1}, seed=0)
+    assert reproduce_small._prompts(tokenizer, tmp_path / "prompts.pt", {1: 1}, seed=0) == prompts
+    ((shared, questions),) = prompts["niah_multikey_1_1x"]
+    whole = []
+    with torch.no_grad():
+        nats = reproduce_small._needles(model, prompts)["niah_multikey_1_1x_nats"]
+        for rest, answer in questions:
+            ids = torch.tensor([[*shared, *rest, *answer]])
+            head = SampleToken(temperature=0.0, targets=ids[:, 1:])
+            logprob = model(ids[:, :-1], use_cache=False, head=head).logprob
+            whole.append(-logprob[0, -len(answer) :].mean().item())
+    assert len(questions) == 4 and len({tuple(answer) for _, answer in questions}) == 4
+    assert nats == pytest.approx([np.mean(whole)], abs=1e-4)
 
 
 def test_every_arm_is_a_setting_of_training():
