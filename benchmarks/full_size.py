@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.cost_model import PUBLISHED
 from refine import RefineConfig, load_model, refine_step
-from refine.models import new_model
+from refine.models import LaCTForCausalLM, new_model
 from refine.models.adapters import add_adapters
 
 # Qwen3.5, dense: what its sizes differ in. All have heads of 256 with 64 rotated and 16 key heads of 128.
@@ -24,10 +25,6 @@ SIZES = {
              "num_key_value_heads": 2, "linear_num_value_heads": 16, "tie_word_embeddings": True},
     "2B": {"hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 6144, "num_attention_heads": 8,
            "num_key_value_heads": 2, "linear_num_value_heads": 16, "tie_word_embeddings": True},
-}  # fmt: skip
-LACT = {
-    "hidden_size": 1536, "num_hidden_layers": 24, "num_attn_heads": 24, "num_lact_heads": 4, "vocab_size": 32000,
-    "lact_chunk_size": 2048, "window_size": 2048, "w0_w2_low_rank": 32, "rope_theta": 1e6,
 }  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
 
@@ -59,7 +56,7 @@ def main() -> None:
         if options.size in SIZES:
             model = new_model("qwen3_5", rope_parameters=ROPE, **SIZES[options.size])
         else:
-            model = new_model("lact", **LACT)
+            model = LaCTForCausalLM(PUBLISHED[options.size])
         tensors = [name for name, _ in model.named_parameters()]
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tensors)} tensors")
         model.to(torch.bfloat16).save_pretrained(folder)

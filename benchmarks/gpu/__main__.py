@@ -40,7 +40,7 @@ def parts() -> dict[str, list[pool.Task]]:
             task("times", "decoding", "decode_times"),
         ],
         "steps": [
-            *(task("steps", name, "steps", name=name) for name in steps.MODELS),
+            *(task("steps", name, "steps", name=name) for name in steps.SIZED),
             task("steps", "prompts read once", "prompt_once"),
         ],
         "tiles": [

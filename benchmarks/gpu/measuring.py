@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.timing import peak_memory
+
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 HALF = torch.bfloat16 if CUDA else torch.float32  # what a CPU can check at all
@@ -49,14 +51,7 @@ def milliseconds(function: Callable[[], object], repeats: int = 10, cold: bool =
 
 def peak_gb(function: Callable[[], object]) -> float:
     """Memory of one call beyond what was allocated before it (0 on a CPU)."""
-    if not CUDA or COMPILING:
-        return 0.0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e9
+    return 0.0 if not CUDA or COMPILING else peak_memory(function) * 2**20 / 1e9
 
 
 def launches(function: Callable[[], object], calls: int = 3) -> dict[str, tuple[float, float]]:

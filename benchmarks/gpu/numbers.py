@@ -18,7 +18,6 @@ HERE = "benchmarks.gpu.numbers:"
 
 def tasks() -> list[Task]:
     """Everything, the most used first."""
-    half = HALF
     found = [
         _delta(f"{keys} keys", k=k, v=v, gated=gated, keys=keys)
         for k, v, keys in ([(128, 128, keys) for keys in KEYS] if CUDA else [(16, 16, "unit")])
@@ -58,7 +57,7 @@ def tasks() -> list[Task]:
         else [(20, 16, 97)]
     )
     for n, d, v in shapes:
-        for dtype in ("bfloat16", "float16", "float32") if CUDA and n < 1000 else (str(half)[6:],):
+        for dtype in ("bfloat16", "float16", "float32") if CUDA and n < 1000 else (str(HALF)[6:],):
             found.append(
                 _task("LM head", f"head {n} x {d} x {v} {dtype}", "head", n=n, d=d, v=v, dtype=dtype)
             )

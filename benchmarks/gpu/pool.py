@@ -14,8 +14,8 @@ import os
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -40,12 +40,9 @@ class _Worker:
     pipe: Connection
     task: Task | None = None
     began: float = 0.0
-    rows: int = field(default=0)
 
 
-def run(
-    tasks: list[Task], workers: int, seconds: float, setup: Callable[[], None] | None = None
-) -> Iterator[tuple[Task, Row]]:
+def run(tasks: list[Task], workers: int, seconds: float) -> Iterator[tuple[Task, Row]]:
     """Rows of all tasks as they come; one that fails has a row that says so. What ``seconds`` did not suffice for
     is named at the end."""
     context = multiprocessing.get_context("spawn")
@@ -53,7 +50,7 @@ def run(
 
     def start() -> _Worker:
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, setup), daemon=True)
+        process = context.Process(target=_work, args=(theirs,), daemon=True)
         process.start()
         theirs.close()
         return _Worker(process, ours)
@@ -106,14 +103,12 @@ def run(
         yield task, row(task.what, "not run: no time left", failed=True)
 
 
-def _work(pipe: Connection, setup: Callable[[], None] | None) -> None:
+def _work(pipe: Connection) -> None:
     import torch
 
     from benchmarks.gpu import measuring
 
     torch.set_num_threads(1)
-    if setup is not None:
-        setup()
     while True:
         try:
             task: Task = pipe.recv()

@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
 
-from benchmarks.full_size import LACT, ROPE, SIZES
+from benchmarks.cost_model import PUBLISHED
+from benchmarks.full_size import ROPE, SIZES
 from benchmarks.gpu.measuring import CUDA, DEVICE, HALF, Row, milliseconds, peak_gb, row
 from benchmarks.gpu.pool import Task
 from benchmarks.prompt_once import make_batch, once, separately
 from refine import RefineConfig, refine_step
 from refine.method import next_token_targets
 from refine.method.sampling import sample_rollouts
-from refine.models import new_model
+from refine.models import MODELS, new_model
 from refine.models.head import HiddenOnly, NextTokenLoss
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 100, "intermediate_size": 32}
-MODELS = {
-    "DeltaNet-1.3B": ("delta_net", {"hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 16,
-                                    "intermediate_size": 5632, "vocab_size": 32000}, {"num_heads": 2}),
+# type; settings of a toy for a CPU, which has none for the last
+SIZED = {
+    "DeltaNet-1.3B": ("delta_net", {"num_heads": 2}),
     "LaCT-760M": (
-        "lact", LACT, {"num_attn_heads": 4, "num_lact_heads": 2, "lact_chunk_size": 64, "window_size": 64}
+        "lact", {"num_attn_heads": 4, "num_lact_heads": 2, "lact_chunk_size": 64, "window_size": 64}
     ),
-    "Qwen3.5-0.8B": ("qwen3_5", {"rope_parameters": ROPE, **SIZES["0.8B"]},
-                     {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
-                      "linear_num_value_heads": 2, "linear_num_key_heads": 2, "num_hidden_layers": 4}),
-    "Qwen3.5-2B": ("qwen3_5", {"rope_parameters": ROPE, **SIZES["2B"]}, None),
+    "Qwen3.5-0.8B": (
+        "qwen3_5",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "linear_num_value_heads": 2,
+         "linear_num_key_heads": 2, "num_hidden_layers": 4},
+    ),
+    "Qwen3.5-2B": ("qwen3_5", None),
 }  # fmt: skip
 
 
 def build(name: str, layers: int | None = None) -> torch.nn.Module:
     """A published size in bfloat16 (a toy on a CPU), random weights; ``layers`` of it."""
-    kind, large, small = MODELS[name]
-    shallow = {} if layers is None else {"num_hidden_layers": layers}
+    kind, small = SIZED[name]
     with torch.device(DEVICE):
-        return new_model(kind, **((large if CUDA else _SMALL | small) | shallow)).to(HALF).train()
+        if not CUDA:
+            model = new_model(kind, **_SMALL | small)
+        else:
+            if name in PUBLISHED:
+                config = copy.deepcopy(PUBLISHED[name])
+            else:
+                size = SIZES[name.removeprefix("Qwen3.5-")]
+                config = MODELS[kind].config_class(rope_parameters=ROPE, **size)
+            config.num_hidden_layers = layers or config.num_hidden_layers
+            model = MODELS[config.model_type](config)
+    return model.to(HALF).train()
 
 
 def compiling() -> list[Task]:
@@ -43,7 +56,7 @@ def compiling() -> list[Task]:
     if not CUDA:
         return []
     found = []
-    for name in MODELS:
+    for name in SIZED:
         arguments = {"name": name, "lengths": ((1024, False), (2048, True)), "layers": 4}
         found.append(Task("compiling", name, "benchmarks.gpu.steps:steps", arguments, compiling=True))
     prompt = {"layers": 2, "sizes": ((1024, 256, 8),)}
@@ -56,7 +69,7 @@ def steps(
 ) -> Iterator[Row]:  # fmt: skip
     """One training step, forward and backward: SFT beside REFINE, time and memory; rollouts. ``lengths``: tokens,
     and whether with gradient checkpointing."""
-    if not CUDA and MODELS[name][2] is None:
+    if not CUDA and SIZED[name][1] is None:
         return
     model = build(name, layers)
     vocabulary = model.config.vocab_size

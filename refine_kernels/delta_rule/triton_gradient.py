@@ -83,6 +83,17 @@ def states_kernel(
         b_s = tl.dot(tl.trans(b_k), b_u, b_s, input_precision=PRECISION)
 
 
+@triton.jit
+def _of_block(i_v, o_i, m_t, o_k, m_k, H, V: tl.constexpr, BV: tl.constexpr):
+    """Where block ``i_v`` of columns of V lies, and what of it exists: in tensors of tokens, [BT, BV] each, and in
+    those of states, [BK, BV] each."""
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_v = o_v < V
+    o_xv = (o_i * H)[:, None] * V + o_v[None, :]
+    o_s = o_k[:, None] * V + o_v[None, :]
+    return o_xv, m_t[:, None] & m_v[None, :], o_s, m_k[:, None] & m_v[None, :]
+
+
 @triton.jit(do_not_specialize=["T", "ALL", "SHARE"])
 def gradient_kernel(
     q,  # [B, T, H / REPEAT, K]
@@ -159,14 +170,10 @@ def gradient_kernel(
     b_dx = tl.zeros((BT, BK), tl.float32)
     b_qq = tl.zeros((BT,), tl.float32)
     for i_v in range(NV):
-        o_v = i_v * BV + tl.arange(0, BV)
-        m_v = o_v < V
-        m_tv = m_t[:, None] & m_v[None, :]
-        o_xv = (o_i * H)[:, None] * V + o_v[None, :]
-        o_s = o_k[:, None] * V + o_v[None, :]
+        o_xv, m_tv, o_s, m_s = _of_block(i_v, o_i, m_t, o_k, m_k, H, V, BV)
         b_do = tl.load(d_o + i_x * V + o_xv, mask=m_tv, other=0)
         b_u = tl.load(u + i_x * V + o_xv, mask=m_tv, other=0)
-        b_s = tl.load(chunk_states + i_s + o_s, mask=m_k[:, None] & m_v[None, :], other=0)
+        b_s = tl.load(chunk_states + i_s + o_s, mask=m_s, other=0)
         b_p = tl.dot(b_do, tl.trans(b_u), b_p, input_precision=PRECISION)
         b_dx = tl.dot(b_do, tl.trans(b_s), b_dx, input_precision=PRECISION)
         if norms is not None:
@@ -198,20 +205,16 @@ def gradient_kernel(
     b_dx = tl.zeros((BT, BK), tl.float32)
     b_through = tl.zeros((BK,), tl.float32)  # <dS', S>
     for i_v in range(NV):
-        o_v = i_v * BV + tl.arange(0, BV)
-        m_v = o_v < V
-        m_tv = m_t[:, None] & m_v[None, :]
-        o_xv = (o_i * H)[:, None] * V + o_v[None, :]
-        o_s = o_k[:, None] * V + o_v[None, :]
+        o_xv, m_tv, o_s, m_s = _of_block(i_v, o_i, m_t, o_k, m_k, H, V, BV)
         b_u = tl.load(u + i_x * V + o_xv, mask=m_tv, other=0)
         b_do = tl.load(d_o + i_x * V + o_xv, mask=m_tv, other=0)
         b_dr = tl.load(d_r + i_x * V + o_xv, mask=m_tv, other=0)
-        b_ds = tl.load(d_chunk_states + i_s + o_s, mask=m_k[:, None] & m_v[None, :], other=0)
+        b_ds = tl.load(d_chunk_states + i_s + o_s, mask=m_s, other=0)
         b_p = tl.dot(b_u, tl.trans(b_do), b_p, input_precision=PRECISION)
         b_e = tl.dot(b_u, tl.trans(b_dr), b_e, input_precision=PRECISION)
         b_dx = tl.dot(b_u, tl.trans(b_ds), b_dx, input_precision=PRECISION)
         if decays is not None:
-            b_s = tl.load(chunk_states + i_s + o_s, mask=m_k[:, None] & m_v[None, :], other=0)
+            b_s = tl.load(chunk_states + i_s + o_s, mask=m_s, other=0)
             b_through += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), 1)
     o_j, o_r = parts.anew(o_i, i_c, 2), parts.anew(o_i, i_c, 6)
     m_p = o_r[:, None] <= o_j[None, :]
@@ -240,15 +243,10 @@ def gradient_kernel(
     b_rv = tl.zeros((BT,), tl.float32)
     b_kk = tl.zeros((BT,), tl.float32)
     for i_v in range(NV):
-        o_v = i_v * BV + tl.arange(0, BV)
-        m_v = o_v < V
-        m_tv = m_t[:, None] & m_v[None, :]
-        o_xv = (o_i * H)[:, None] * V + o_v[None, :]
+        o_xv, m_tv, o_s, m_s = _of_block(i_v, o_i, m_t, o_k, m_k, H, V, BV)
         b_dr = tl.load(d_r + i_x * V + o_xv, mask=m_tv, other=0)
         b_u = tl.load(u + i_x * V + o_xv, mask=m_tv, other=0)
-        b_s = tl.load(
-            chunk_states + i_s + (o_k[:, None] * V + o_v[None, :]), mask=m_k[:, None] & m_v[None, :], other=0
-        )
+        b_s = tl.load(chunk_states + i_s + o_s, mask=m_s, other=0)
         b_e = tl.dot(b_dr, tl.trans(b_u), b_e, input_precision=PRECISION)
         b_dx = tl.dot(b_dr, tl.trans(b_s), b_dx, input_precision=PRECISION)
         b_r = b_dr.to(tl.float32)

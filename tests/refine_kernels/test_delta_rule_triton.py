@@ -63,7 +63,7 @@ def test_lengths(tokens, gated):
     ("kd", "vd"), [(60, 64), (64, 60), (96, 100), (100, 96), (128, 128), (128, 256), (256, 256), (3, 1)]
 )
 def test_head_sizes(kd, vd, dtype, gated):
-    """Both ways of the backward: the state carried on the chip, or read at every chunk.
+    """Chunks of 64 tokens up to head sizes of 128, and of 32 beyond.
 
     A state of three numbers may be next to nothing, not eight of them.
     """
