@@ -34,7 +34,7 @@ with contextlib.suppress(ImportError):  # so that no child has to
 load_model_and_tokenizer(ModelSettings())
 
 MAINS = {"train": refine.train.main, "eval": refine.eval.main, "reproduce": refine.reproduce.main}
-TIMES = ("tokens_per_second",)
+TIMES = ("tokens_per_second", "train_seconds")
 
 
 def start(kind: str, command: list[str], log: Path, before: Callable[[], None] | None = None) -> int:
