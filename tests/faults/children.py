@@ -41,10 +41,12 @@ def start(kind: str, command: list[str], log: Path, before: Callable[[], None] |
     """Fork a process that runs a command; its id. ``before`` is called in it first."""
     process = os.fork()
     if process:
+        with contextlib.suppress(OSError):  # the child did it first, or has ended
+            os.setpgid(process, process)  # so that a kill that comes at once finds the group
         return process
     code = 70
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1), os.dup2(file, 2)
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
