@@ -211,6 +211,7 @@ class _Run:
             resume.restore_schedule(self.schedule, self.optimizer, state["schedule"])
             resume.restore_position(self.stream, found[0], state["data"])
             self.counters |= state["counters"]
+            self.rotation_is_due = True  # what ended the run may have come before it
             if "sequences" not in state["counters"]:  # of an earlier version, which did not count them
                 del self.counters["sequences"]
             if found[0].resolve().parent == self.folder.path.resolve():

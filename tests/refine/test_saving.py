@@ -18,7 +18,7 @@ import refine.eval as evaluation
 import refine.train as training
 from refine.finite import first_not_finite
 from refine.signals import Terminated
-from refine.training import checkpoint, phases, tracking
+from refine.training import checkpoint, phases, run_folder, tracking
 from refine.training.tracking import Tracker, read_metrics
 from tests.refine.runs import checkpoints, run, spoil_weights, steps, weights, write_text
 
@@ -282,6 +282,16 @@ def test_while_updates_are_skipped_nothing_is_rotated_out(tmp_path, text_file, m
     assert "5 updates in a row had a non-finite loss" in capsys.readouterr().err
     assert checkpoints(tmp_path) == [f"checkpoint-{step}" for step in (2, 4, 6, 8, 9)]
     assert all(whole(tmp_path / name) for name in checkpoints(tmp_path))
+
+
+def test_a_rotation_that_a_kill_came_before_is_made_by_the_next_run(tmp_path, text_file, monkeypatch):
+    settings = {"max_steps": 6, "save_steps": 2, "save_total_limit": 2}
+    with monkeypatch.context() as change:
+        change.setattr(run_folder.RunFolder, "rotate", lambda *_: None)
+        assert run(tmp_path, text_file, **settings) == 0
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert run(tmp_path, text_file, **settings, resume_from_checkpoint="auto") == 0
+    assert checkpoints(tmp_path) == ["checkpoint-4", "checkpoint-6"]
 
 
 def test_a_model_with_nan_is_told_at_load(finished, text_file, tmp_path, capsys):
