@@ -42,7 +42,9 @@ def tasks() -> list[Task]:
     for dtype, gated in itertools.product(("bfloat16", "float32") if CUDA else ("float32",), (False, True)):
         what = f"one token at a time, {dtype} {'gated' if gated else 'plain'}"
         found.append(_task("delta rule", what, "recurrent", dtype=dtype, gated=gated))
-    options = itertools.product((384, 100) if CUDA else (16,), (False, True), (False, True), (True, False))
+    options = itertools.product(
+        (384, 768, 100) if CUDA else (16,), (False, True), (False, True), (True, False)
+    )
     for size, muon, prenorm, momentum in options:
         what = f"LaCT {size}{' Muon' * muon}{' pre-norm' * prenorm}{' momentum' * momentum}"
         arguments = {"size": size, "muon": muon, "prenorm": prenorm, "momentum": momentum}

@@ -15,7 +15,7 @@ from typing import Any
 
 from refine.evaluation.settings import expand_tasks
 from refine.files import write_whole
-from refine.paper.rows import Figure, Row, family_of
+from refine.paper.rows import Figure, Row, is_papers_model, model_name
 from refine.paper.stages import Stage
 from refine.paper.tables import Column, describe_row
 from refine.pictures import import_pyplot
@@ -66,7 +66,7 @@ def draw_figure(
 
 def _whose(rows: Sequence[Row], root: Path) -> dict[str, Any]:
     """The model that a figure is of, said as what it is."""
-    name, first = family_of(rows[0].family)["name"], rows[0].stages[0].settings["model_name_or_path"]
+    name, first = model_name(rows[0].family), rows[0].stages[0].settings["model_name_or_path"]
     same = _is_papers(rows, root)
     text = name if same else f"{Path(str(first)).name}, not the paper's {name}"
     return {"model": text, "model_path": first, "is_papers_model": same}
@@ -74,7 +74,6 @@ def _whose(rows: Sequence[Row], root: Path) -> dict[str, Any]:
 
 def _is_papers(rows: Sequence[Row], root: Path) -> bool:
     """By an evaluation's record, else by the number of parameters of a trained model."""
-    wanted = family_of(rows[0].family)
     for row in rows:
         about = describe_row(row, root)
         if about["is_papers_model"] is not None:
@@ -83,10 +82,7 @@ def _is_papers(rows: Sequence[Row], root: Path) -> bool:
             final = stage.folder(root) / "final"
             if (final / "config.json").is_file():
                 config = json.loads((final / "config.json").read_text(encoding="utf-8"))
-                return (
-                    config.get("model_type") == wanted["model_type"]
-                    and _parameters(final) == wanted["parameters"]
-                )
+                return is_papers_model(row.family, config.get("model_type"), _parameters(final))
     return False
 
 

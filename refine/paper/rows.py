@@ -100,9 +100,15 @@ def expand_names(given: str) -> list[str]:
     return found
 
 
-def family_of(name: str) -> dict[str, Any]:
-    """What makes a model the paper's, of a family: its name, model_type and number of parameters."""
-    return _paper()["families"][name]
+def model_name(family: str) -> str:
+    """What the paper calls its model of a family."""
+    return _paper()["families"][family]["name"]
+
+
+def is_papers_model(family: str, model_type: str | None, parameters: int | None) -> bool:
+    """Whether a model is the paper's of that family, by its type and number of parameters."""
+    wanted = _paper()["families"][family]
+    return model_type == wanted["model_type"] and parameters in wanted["parameters"]
 
 
 def load_row(

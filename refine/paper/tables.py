@@ -16,7 +16,7 @@ from typing import Any
 
 from refine.evaluation.metrics import interval_of_mean
 from refine.evaluation.settings import expand_tasks
-from refine.paper.rows import Row, family_of
+from refine.paper.rows import Row, is_papers_model, model_name
 from refine.settings import SettingsError, nearest, read_yaml
 
 PUBLISHED = resources.files("refine") / "assets" / "paper_numbers.yaml"
@@ -139,7 +139,6 @@ def describe_row(row: Row, root: Path) -> dict[str, Any]:
     """What a row's files say: its scores, its model, whether that is the paper's, and where it came from."""
     found: dict[str, Any] = {"state": "not run", "model": None, "about_model": None, "is_papers_model": None}
     found |= {"checkpoints": [], "scores": []}
-    wanted = family_of(row.family)
     for stage in row.tests:
         path = stage.folder(root) / "results.json"
         if not path.is_file():
@@ -148,7 +147,9 @@ def describe_row(row: Row, root: Path) -> dict[str, Any]:
         about = results.get("about_model") or {}
         first = row.stages[0].settings["model_name_or_path"]
         found |= {"model": first, "about_model": about}
-        found["is_papers_model"] = all(about.get(key) == wanted[key] for key in ("model_type", "parameters"))
+        found["is_papers_model"] = is_papers_model(
+            row.family, about.get("model_type"), about.get("parameters")
+        )
         found["checkpoints"].append(str(results["model"]))
         found["scores"] += results["scores"]
     done = len(found["checkpoints"])
@@ -158,7 +159,7 @@ def describe_row(row: Row, root: Path) -> dict[str, Any]:
 
 
 def _own_label(row: Row, ours: dict[str, Any]) -> str:
-    name = family_of(row.family)["name"]
+    name = model_name(row.family)
     if ours["state"] == "not run":
         return f"{row.label}, not run here"
     if ours["is_papers_model"]:
@@ -172,7 +173,7 @@ def _note(row: Row, ours: dict[str, Any], about_run: dict[str, Any]) -> str:
     said += [f"{key} {value}" for key, value in about_run.items() if value]
     if ours["state"] == "not run":
         return "; ".join([*said, "not run"]) + "."
-    about, name = ours["about_model"], family_of(row.family)["name"]
+    about, name = ours["about_model"], model_name(row.family)
     sizes = f"{about.get('model_type')}, {about.get('parameters', 0):,} parameters"
     same = f"the size of {name}" if ours["is_papers_model"] else f"not the paper's model, {name}"
     said.append(f"model {ours['model']} ({sizes}: {same})")

@@ -11,8 +11,8 @@ from refine_kernels.lact import triton_apply, triton_edges, triton_update
 from refine_kernels.lact.layout import Widths
 from refine_kernels.launches import Call
 
-# of LaCT-760M; unequal ones; ones that no vector load divides
-WIDTHS = (Widths(384, 384, 384), Widths(192, 96, 160), Widths(60, 100, 60))
+# of LaCT-760M with four heads and with two; unequal ones; ones that no vector load divides
+WIDTHS = (Widths(384, 384, 384), Widths(768, 768, 768), Widths(192, 96, 160), Widths(60, 100, 60))
 CHUNKS = (2048, 5)  # tokens of a chunk: training, decoding
 # momentum, Muon, pre-norm
 MODES = {

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import refine
 from refine import reproduce
 from refine.evaluation.report import Score, average_scores
+from refine.models.lact import LaCTConfig, LaCTForCausalLM
+from refine.paper.rows import is_papers_model
 from refine.paper.tables import columns_of
 from refine.reproduce import PUBLISHED as PAPER_NUMBERS
 from refine.reproduce import Stage, expand_names, load_published, load_row, make_tables, row_names
@@ -140,9 +143,22 @@ def test_a_mean_over_fewer_lengths_or_tasks_is_no_number():
     assert average_scores(means[1:]) == []
 
 
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("rank", [32, -1])
+def test_the_lact_of_the_paper_may_have_two_heads(heads, rank):
+    """Its scripts load ``lact-muon-nope-postnorm-nheads2-chunk2048-760m``; LaCT's own 760M has four."""
+    with torch.device("meta"):
+        model = LaCTForCausalLM(LaCTConfig(num_lact_heads=heads, w0_w2_low_rank=rank, ttt_nope=True))
+    assert is_papers_model("lact", "lact_swiglu", sum(x.numel() for x in model.parameters()))
+
+
 @pytest.mark.parametrize(
     ("parameters", "label"),
-    [(797_625_312, "| LaCT-760M + SFT, ours (1) |"), (9, "| **not LaCT-760M**: lact + SFT (1) |")],
+    [
+        (797_625_312, "| LaCT-760M + SFT, ours (1) |"),
+        (811_421_424, "| LaCT-760M + SFT, ours (1) |"),  # with two heads
+        (9, "| **not LaCT-760M**: lact + SFT (1) |"),
+    ],
 )
 def test_numbers_of_the_papers_model_are_told_from_those_of_others(tmp_path, parameters, label):
     """By its type and number of parameters, as the evaluation found them."""
