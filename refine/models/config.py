@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from typing import ClassVar
 
@@ -15,6 +16,26 @@ _KERNEL_CHOICES = frozenset(
     {"attn_mode", "fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy"}
     | {"use_fused_kernel", "fp32_states", "elementwise_affine", "conv_backend", "lact_chunk_impl"}
 )
+
+
+def check_sizes(model_type: str, **sizes) -> None:
+    """Refuse, by name, what is neither a whole number of at least 1 nor None."""
+    for name, size in sizes.items():
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(
+                f"{model_type} config: {name} must be a whole number of at least 1, got {size!r}"
+            )
+
+
+def check_numbers(model_type: str, *, least: float | None = None, **numbers) -> None:
+    """Refuse, by name, what is not a finite number above 0, or of at least ``least``; None passes."""
+    for name, number in numbers.items():
+        if number is None:
+            continue
+        real = isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
+        if not real or not (number > 0 if least is None else number >= least):
+            allowed = "above 0" if least is None else f"of at least {least:g}"
+            raise ValueError(f"{model_type} config: {name} must be a finite number {allowed}, got {number!r}")
 
 
 class FastWeightConfig(PretrainedConfig):
@@ -75,6 +96,12 @@ class FastWeightConfig(PretrainedConfig):
                 raise ValueError(
                     f"{self.model_type} config: {key}={kwargs[key]!r} is not implemented, only {allowed} is"
                 )
+        check_sizes(
+            self.model_type, vocab_size=vocab_size, hidden_size=hidden_size,
+            num_hidden_layers=num_hidden_layers, intermediate_size=intermediate_size,
+        )  # fmt: skip
+        check_numbers(self.model_type, hidden_ratio=hidden_ratio, norm_eps=norm_eps)
+        check_numbers(self.model_type, least=0, initializer_range=initializer_range)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers

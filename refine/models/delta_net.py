@@ -17,7 +17,7 @@ from torch import nn
 from refine.models.blocks import GatedRMSNorm, RMSNorm, ShortConvolution, last_inputs
 from refine.models.body import FastWeightModel
 from refine.models.causal_lm import FastWeightForCausalLM
-from refine.models.config import FastWeightConfig
+from refine.models.config import FastWeightConfig, check_numbers, check_sizes
 from refine.models.layout import PLAIN, BatchLayout
 from refine.models.registry import register_model
 from refine.models.wrapped import plain_weight
@@ -51,6 +51,8 @@ class DeltaNetConfig(FastWeightConfig):
         allow_neg_eigval: bool = False,
         **kwargs,
     ):
+        check_sizes(self.model_type, hidden_size=hidden_size, num_heads=num_heads, conv_size=conv_size)
+        check_numbers(self.model_type, expand_k=expand_k, expand_v=expand_v)
         self.num_heads = num_heads
         self.expand_k = expand_k
         self.expand_v = expand_v

@@ -16,7 +16,7 @@ from torch import nn
 from refine.models.blocks import is_loaded
 from refine.models.body import FastWeightModel
 from refine.models.causal_lm import FastWeightForCausalLM
-from refine.models.config import FastWeightConfig
+from refine.models.config import FastWeightConfig, check_numbers, check_sizes
 from refine.models.delta_net import DeltaNetAttention
 from refine.models.registry import register_model
 
@@ -40,6 +40,8 @@ class GatedDeltaNetConfig(FastWeightConfig):
         num_v_heads: int | None = None,
         **kwargs,
     ):
+        check_sizes(self.model_type, num_heads=num_heads, head_dim=head_dim, conv_size=conv_size)
+        check_numbers(self.model_type, expand_v=expand_v)
         if num_v_heads not in (None, num_heads):
             raise ValueError(f"num_v_heads must equal num_heads ({num_heads}) or be null, got {num_v_heads}")
         if head_dim * expand_v != int(head_dim * expand_v):

@@ -30,12 +30,18 @@ from refine.models.attention import OlmoHybridAttention, QwenAttention
 from refine.models.blocks import GatedMLP, RMSNorm, ZeroCentredRMSNorm, is_loaded
 from refine.models.body import FastWeightModel
 from refine.models.causal_lm import FastWeightForCausalLM
-from refine.models.config import _TRANSFORMERS_KEYS, FastWeightConfig
+from refine.models.config import _TRANSFORMERS_KEYS, FastWeightConfig, check_numbers, check_sizes
 from refine.models.grouped_delta import OlmoHybridGatedDelta, Qwen3_5GatedDelta, Qwen3NextGatedDelta
 from refine.models.layout import BatchLayout
 from refine.models.registry import register_model
 
 LAYER_TYPES = ("full_attention", "linear_attention")
+_SIZES = (  # settings that must be whole numbers of at least 1, where a family has them
+    "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "linear_conv_kernel_dim", "linear_num_key_heads",
+    "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "moe_intermediate_size",
+    "shared_expert_intermediate_size", "num_experts_per_tok", "decoder_sparse_step",
+)  # fmt: skip
 
 # ---- configurations: transformers' own, with what this project asks of one
 
@@ -56,6 +62,14 @@ class HybridConfig:
             raise ValueError(
                 f"{self.model_type}: the checkpoint's weights are quantised (quantization_config); take one in "
                 "bfloat16, float16 or float32"
+            )
+        check_sizes(self.model_type, **{name: getattr(self, name, None) for name in _SIZES})
+        check_numbers(self.model_type, least=0, initializer_range=self.initializer_range)
+        experts, chosen = getattr(self, "num_experts", 0), getattr(self, "num_experts_per_tok", 0)
+        if 0 < experts < chosen:
+            raise ValueError(
+                f"{self.model_type} config: num_experts_per_tok must be at most num_experts, "
+                f"got {chosen} and {experts}"
             )
         for key, implemented in self.only_implemented.items():
             if (value := getattr(self, key, None)) not in (None, *implemented):
@@ -135,6 +149,10 @@ class Qwen3_5Config(HybridConfig, TransformersQwen3_5Config):
 class Qwen3_5MoeConfig(HybridConfig, TransformersQwen3_5MoeConfig):
     """Of the language model of a Qwen3.5 with a mixture of experts."""
 
+    def __post_init__(self, **settings):
+        super().__post_init__(**settings)
+        check_sizes(self.model_type, num_experts=self.num_experts)
+
 
 @_with_value_errors
 class Qwen3NextConfig(HybridConfig, TransformersQwen3NextConfig):
@@ -144,6 +162,19 @@ class Qwen3NextConfig(HybridConfig, TransformersQwen3NextConfig):
 @_with_value_errors
 class OlmoHybridConfig(HybridConfig, TransformersOlmoHybridConfig):
     """Of an OLMo-hybrid."""
+
+    def __post_init__(self, **settings):
+        super().__post_init__(**settings)
+        for what in ("linear_a_log", "linear_dt"):  # a new model's decays are drawn between them
+            low, high = f"{what}_min", f"{what}_max"
+            bounds = {name: getattr(self, name) for name in (low, high)}
+            check_numbers(self.model_type, least=0, **bounds)
+            if bounds[low] > bounds[high] or not bounds[high]:
+                raise ValueError(
+                    f"{self.model_type} config: {low} must be at most {high}, which must be above 0: got {bounds}"
+                )
+        check_numbers(self.model_type, linear_dt_min=self.linear_dt_min)
+        check_numbers(self.model_type, least=0, linear_dt_init_floor=self.linear_dt_init_floor)
 
 
 # ---- layers

@@ -18,7 +18,7 @@ from torch import nn
 from refine.models.blocks import RMSNorm, is_loaded
 from refine.models.body import FastWeightModel
 from refine.models.causal_lm import FastWeightForCausalLM
-from refine.models.config import FastWeightConfig
+from refine.models.config import FastWeightConfig, check_numbers, check_sizes
 from refine.models.lact_groups import LaCTGroups, LaCTGroupsTrace, into_packed, places, row_groups
 from refine.models.lact_state import LaCTLayerState, LaCTMemory, LaCTSettings, LaCTTokens, LaCTTrace
 from refine.models.layout import PLAIN, BatchLayout
@@ -72,8 +72,15 @@ class LaCTConfig(FastWeightConfig):
         rope_theta: float = 1e4,
         **kwargs,
     ):
+        check_sizes(
+            self.model_type, hidden_size=hidden_size, num_attn_heads=num_attn_heads,
+            num_lact_heads=num_lact_heads, lact_chunk_size=lact_chunk_size, window_size=window_size,
+            w0_w2_low_rank=None if w0_w2_low_rank in (-1, 0) else w0_w2_low_rank,
+        )  # fmt: skip
+        check_numbers(self.model_type, inter_multi=inter_multi, rope_theta=rope_theta)
+        check_numbers(self.model_type, least=0, fw_init_gain=fw_init_gain)
         for name, heads in (("num_attn_heads", num_attn_heads), ("num_lact_heads", num_lact_heads)):
-            if heads < 1 or hidden_size % heads:
+            if hidden_size % heads:
                 raise ValueError(f"hidden_size must be a multiple of {name}: got {hidden_size} and {heads}")
         if (hidden_size // num_attn_heads) % 2:
             raise ValueError(
@@ -85,9 +92,6 @@ class LaCTConfig(FastWeightConfig):
                 "num_attn_heads must be a multiple of num_lact_heads, as positions are rotated by attention heads: "
                 f"got {num_attn_heads} and {num_lact_heads}"
             )
-        for name, size in (("lact_chunk_size", lact_chunk_size), ("window_size", window_size)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
         if int(hidden_size // num_lact_heads * inter_multi) < 1:
             raise ValueError(f"inter_multi must leave at least one hidden unit, got {inter_multi!r}")
         self.num_attn_heads = num_attn_heads

@@ -36,7 +36,7 @@ def tiny_model(family: str = "delta_net", dtype: torch.dtype = torch.float64, **
     if family == "delta_net":
         model = DeltaNetForCausalLM(DeltaNetConfig(**common))
     else:
-        model = GatedDeltaNetForCausalLM(GatedDeltaNetConfig(head_dim=12, expand_v=1.5, **common))
+        model = GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**{"head_dim": 12, "expand_v": 1.5} | common))
     return model.to(dtype)
 
 
