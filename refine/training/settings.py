@@ -41,7 +41,7 @@ _ASSETS = resources.files("refine") / "assets"
 DEFAULT_JOB = _ASSETS / "default.yaml"
 RECIPES = _ASSETS / "recipes"
 EXAMPLES = (
-    ("the tiny model on text that every Python has: under two minutes on two cores", "refine train"),
+    ("the tiny model on documents made to be remembered: under two minutes on two cores", "refine train"),
     (
         "your text: a file, or a folder of .txt, .md, .jsonl, .json, .csv and .parquet files",
         "refine train --dataset_name_or_path my_text/ --output_dir runs/mine",
@@ -347,7 +347,7 @@ def parse_settings(arguments: list[str]) -> TrainSettings:
     given = read_command_line(
         TrainSettings, arguments, "refine train",
         "Train a fast-weight language model with REFINE (arXiv 2602.16704). Without arguments: mid-train the "
-        "tiny model of this package on text that every Python has, in under two minutes.",
+        "tiny model of this package on documents made to be remembered, in under two minutes.",
         shown=default_job, examples=EXAMPLES,
     )  # fmt: skip
     path = given.pop("config", None)
@@ -399,12 +399,18 @@ def _asks_needles(settings: dict[str, Any]) -> bool:
 
 
 def _tiny_model(model_type: str | None) -> dict[str, Any]:
-    """What the default job sets for a small new model of a type: its registered small size, and a learning rate for
-    it. Nothing for an unknown type, which is refused where the model is made."""
+    """What the default job sets for a small new model of a type: its registered small size, a learning rate for it,
+    and plain text to begin with. Nothing for an unknown type, which is refused where the model is made."""
     from refine.models.registry import ENTRIES, resolve_type  # here: --help needs no transformers
 
     try:
         tiny = ENTRIES[resolve_type(model_type)].tiny
     except ValueError:
         return {}
-    return {"learning_rate": TINY_LEARNING_RATE, "config_overrides": dict(tiny)} if tiny else {}
+    if not tiny:
+        return {}
+    return {
+        "learning_rate": TINY_LEARNING_RATE,
+        "config_overrides": dict(tiny),
+        "dataset_name_or_path": "default",
+    }
