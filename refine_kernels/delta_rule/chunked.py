@@ -88,12 +88,12 @@ def forward(
             if for_backward and start > begin:
                 next(unused).copy_(state.view(b, h, kd, vd))
             tokens = slice(start, start + n * c)
-            seg = _prepare(*(x if x is None else x[:, tokens] for x in (q, k, v, beta, g)), c, scale, l2norm)
+            seg = _prepare(*(x if x is None else x[:, tokens] for x in (q, k, beta, g)), c, scale, l2norm)
             first, step, at = _boundaries(start - begin, n, state_stride)
             asked = [None] * n
             for j, i in enumerate(range(first, n, step)):
                 asked[i] = states[owner, at + j]
-            out = _read_and_write(seg, state, asked, output_final_state or tokens.stop < end)
+            out = _read_and_write(seg, v[:, tokens], state, asked, output_final_state or tokens.stop < end)
             _store(out, o[:, tokens], c)
         finals.append(state)
     if not output_final_state:
@@ -139,13 +139,15 @@ def backward(
         used += more
         for (start, n, c), state in reversed(list(zip(segments, starts))):
             tokens = slice(start, start + n * c)
-            seg = _prepare(*(x if x is None else x[:, tokens] for x in (q, k, v, beta, g)), c, scale, l2norm)
+            seg = _prepare(*(x if x is None else x[:, tokens] for x in (q, k, beta, g)), c, scale, l2norm)
             d_before: list[torch.Tensor | None] = [None] * n  # what arrives at the state before each chunk
             if d_states is not None:
                 first, step, at = _boundaries(start - begin, n, state_stride)
                 for j, i in enumerate(range(first, n, step)):
                     d_before[i] = _state_of(d_states[:, at + j], owner, q)
-            d_x, d_r, d_beta, d_decay, d_state = _gradients(seg, state, d_o[:, tokens], d_state, d_before)
+            d_x, d_r, d_beta, d_decay, d_state = _gradients(
+                seg, v[:, tokens], state, d_o[:, tokens], d_state, d_before
+            )
             if l2norm:
                 d_x.addcmul_(seg.x, _along(d_x, seg, scale), value=-1)
             _store(d_x[:, :c], dq[:, tokens], c, seg.norms[:, :c] if l2norm else scale)
@@ -263,7 +265,6 @@ class _Segment:
     """What the chunks of a segment are, apart from any state."""
 
     x: torch.Tensor  # [m, 2C, K]  scale Q over K
-    v: torch.Tensor  # [m, C, V]
     beta: torch.Tensor  # [m, C, 1]
     decay: torch.Tensor  # [m or 1, 2C, C]  lower(D) over strictly_lower(D)
     pairs: torch.Tensor  # [m, 2C, C]  P over L
@@ -275,11 +276,11 @@ class _Segment:
 
     @property
     def q(self) -> torch.Tensor:  # [m, C, K]  scale Q
-        return self.x[:, : self.v.shape[1]]
+        return self.x[:, : self.beta.shape[1]]
 
     @property
     def k(self) -> torch.Tensor:  # [m, C, K]
-        return self.x[:, self.v.shape[1] :]
+        return self.x[:, self.beta.shape[1] :]
 
     def reads(self) -> torch.Tensor:  # [m, 2C, K]  e^G scale Q over e^G K
         if self.from_start is None:
@@ -292,33 +293,31 @@ class _Segment:
 
     @property
     def p(self) -> torch.Tensor:  # [m, C, C]  P
-        return self.pairs[:, : self.v.shape[1]]
+        return self.pairs[:, : self.beta.shape[1]]
 
     @property
     def lower(self) -> torch.Tensor:  # [m, C, C]  L
-        return self.pairs[:, self.v.shape[1] :]
+        return self.pairs[:, self.beta.shape[1] :]
 
 
 def _prepare(
     q: torch.Tensor,  # [B, n * C, H, K]
     k: torch.Tensor,  # [B, n * C, H, K]
-    v: torch.Tensor,  # [B, n * C, HV, V]
     beta: torch.Tensor,  # [B, n * C, HV]
     g: torch.Tensor | None,  # [B, n * C, HV]
     c: int,
     scale: float,
     l2norm: bool,
 ) -> _Segment:
-    b, t, h, _ = v.shape
+    b, t, h = beta.shape
     m, kd = b * h * (t // c), q.shape[-1]
     new = q.new_empty(0, dtype=accumulation_dtype(q)).new_empty
     x, norms = new(m, 2 * c, kd), None
     _load(q, x[:, :c])
     _load(k, x[:, c:])
-    v = _load(v, new(m, c, v.shape[-1]))
     beta = _load(beta, new(m, c)).unsqueeze(-1)
     if l2norm:
-        norms = x.square().sum(-1, keepdim=True).add_(L2_NORM_EPS).rsqrt_()
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(L2_NORM_EPS).rsqrt_()
         norms[:, :c] *= scale
         x *= norms
     else:
@@ -346,20 +345,22 @@ def _prepare(
     pairs = torch.bmm(x, x[:, c:].transpose(1, 2)).mul_(decay)
     eye = torch.eye(c, dtype=x.dtype, device=x.device).expand(m, c, c)
     inverse = torch.linalg.solve_triangular(pairs[:, c:] * beta, eye, upper=False, unitriangular=True)
-    return _Segment(x, v, beta, decay, pairs, inverse, norms, from_start, to_end, through)
+    return _Segment(x, beta, decay, pairs, inverse, norms, from_start, to_end, through)
 
 
 def _read_and_write(
     seg: _Segment,
+    v: torch.Tensor,  # [B, n * C, HV, V]
     state: torch.Tensor,  # [B * HV, K, V] before the segment; brought to what it is after it, if wanted
     asked: list[torch.Tensor | None],  # n of [B, HV, K, V], to be given the state before each chunk
     want_after: bool,
 ) -> torch.Tensor:
-    """Through the n chunks: the reads O [m, C, V]. Uses up ``seg.v``."""
-    n, (m, c, vd) = len(asked), seg.v.shape
-    z = seg.v.new_zeros(m, 2 * c, vd)  # -(what x reads from the state) + [0; V], that is [-e^G scale Q S; R]
-    z[:, c:] = seg.v
-    u = seg.v
+    """Through the n chunks: the reads O [m, C, V]."""
+    n, (m, c, _), vd = len(asked), seg.beta.shape, v.shape[-1]
+    z = state.new_empty(m, 2 * c, vd)  # [0; V] - (what x reads from the state), that is [-e^G scale Q S; R]
+    z[:, :c] = 0
+    _load(v, z[:, c:])
+    u = state.new_empty(m, c, vd)
     solve = seg.inverse * seg.beta.transpose(1, 2)
     parts = (z, u, solve, seg.reads(), seg.writes().transpose(1, 2), seg.through)
     for i, (z_i, u_i, solve_i, x_i, k_i, through_i) in enumerate(zip(*(_steps(a, n) for a in parts))):
@@ -369,17 +370,18 @@ def _read_and_write(
         torch.bmm(solve_i, z_i[:, c:], out=u_i)
         if want_after or i < n - 1:
             _advance(state, through_i, k_i, u_i)
-    return z[:, :c].baddbmm_(seg.p, u, beta=-1)
+    return torch.bmm(seg.p, u).sub_(z[:, :c])
 
 
 def _scan(
     seg: _Segment,
+    v: torch.Tensor,  # [B, n * C, HV, V]
     state: torch.Tensor,  # [B * HV, K, V]
     n: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Through the n chunks: R [m, C, V], U [m, C, V] and the states before each [m, K, V]. R takes the place of
-    ``seg.v``."""
-    r, u = seg.v, torch.empty_like(seg.v)
+    """Through the n chunks: R [m, C, V], U [m, C, V] and the states before each [n, B * HV, K, V]."""
+    r, u = (state.new_empty(*seg.beta.shape[:2], v.shape[-1]) for _ in range(2))
+    _load(v, r)
     before = state.new_empty(n, *state.shape)
     before[0] = state
     k_read = seg.k if seg.from_start is None else seg.k * seg.from_start
@@ -412,6 +414,7 @@ def _advance(
 
 def _gradients(
     seg: _Segment,
+    v: torch.Tensor,  # [B, n * C, HV, V]
     state: torch.Tensor,  # [B * HV, K, V] before the segment
     d_o: torch.Tensor,  # [B, n * C, HV, V]
     d_state: torch.Tensor | None,  # [B * HV, K, V] of the state after the segment; None for zero
@@ -419,12 +422,15 @@ def _gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Gradients of x [m, 2C, K], R' = diag(beta) R [m, C, V], beta [m, C], G [m, C] and the state before the
     segment."""
-    n, (m, c, vd) = len(d_before), seg.v.shape
-    r, u, before = _scan(seg, state, n)
-    d_read = u.new_empty(m, 2 * c, vd)  # of what x reads from the state: e^G dO over -e^G beta dR'
-    d_out = _load(d_o, torch.empty_like(u) if seg.from_start is not None else d_read[:, :c])
+    n, (m, c, _) = len(d_before), seg.beta.shape
+    r, u, before = _scan(seg, v, state, n)
+    d_rows = u.new_empty(m, 2 * c, u.shape[-1])  # dO over dR'
+    d_read = torch.empty_like(d_rows)  # of what x reads from the state: e^G dO over -e^G beta dR'
+    d_out = _load(d_o, d_rows[:, :c])
     minus = seg.beta.neg()
-    if seg.from_start is not None:
+    if seg.from_start is None:
+        d_read[:, :c] = d_out
+    else:
         torch.mul(d_out, seg.from_start, out=d_read[:, :c])
         minus *= seg.from_start
 
@@ -470,8 +476,9 @@ def _gradients(
         d_decay[:, -1] += written.sum(-1) + d_through.view(m) * seg.through.view(m)
 
     # Through the pairs, of all chunks at once.
-    d_p = torch.bmm(d_out, u.transpose(1, 2))
-    d_a = torch.bmm(d_r, u.transpose(1, 2)).neg_()
+    d_rows[:, c:] = d_r
+    d_p, d_a = torch.bmm(d_rows, u.transpose(1, 2)).split(c, 1)
+    d_a = d_a.neg()
     weighted = d_a * seg.lower
     d_beta = (d_r * r).sum(-1) + weighted.sum(-1)
     if d_decay is not None:
@@ -489,5 +496,5 @@ def _along(d_x: torch.Tensor, seg: _Segment, scale: float) -> torch.Tensor:  # [
     """How much of ``seg.x`` the gradient of each row loses to its l2 norm: x = norms * raw and
     d_raw = norms * (d_x - along * x), where the norms of query rows contain their scale."""
     along = (d_x * seg.x).sum(-1, keepdim=True)
-    along[:, : seg.v.shape[1]] /= scale**2
+    along[:, : seg.beta.shape[1]] /= scale**2
     return along
