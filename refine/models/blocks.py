@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from torch import nn
 from refine.models.layout import BatchLayout
 from refine.models.registry import register_auto_classes
 from refine_kernels.precision import accumulation_dtype
+
+PIECE = 2**18  # numbers of a short convolution's input that are worked on at a time
 
 
 @functools.cache
@@ -209,35 +211,75 @@ def last_inputs(
 class _ConvolutionSiLU(torch.autograd.Function):
     """W shifted multiply-adds over whole rows; only the input is kept for the backward.
 
-    Half precision is computed in float32, which is more than twice as fast on a CPU.
+    What is larger than a cache is worked on piece by piece, so that the W multiply-adds, SiLU and what the backward
+    does with them meet their tokens there. Half precision is computed in float32, which is more than twice as fast
+    on a CPU.
     """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # [B, T, D], [D, W]
         ctx.save_for_backward(x, weight)
-        wide = accumulation_dtype(x)
-        return F.silu(_ConvolutionSiLU._sum_of_shifts(x.to(wide), _taps(weight, wide))).to(x.dtype)
-
-    @staticmethod
-    def _sum_of_shifts(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:  # [B, T, D], [W, D]
-        y = x * taps[-1]
-        for shift in range(1, min(len(taps), x.shape[1])):
-            y[:, shift:].addcmul_(x[:, :-shift], taps[-1 - shift])
-        return y
+        taps = _taps(weight, accumulation_dtype(x))
+        y = x.new_empty(x.shape, dtype=taps.dtype)
+        for rows, begin, end in _pieces(x):
+            piece = y[rows, begin:end]
+            _sum_of_shifts(x[rows], taps, begin, piece)
+            F.silu(piece, inplace=True)
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         x, weight = ctx.saved_tensors
-        dtype, wide = x.dtype, accumulation_dtype(x)
-        x, taps = x.to(wide), _taps(weight, wide)
-        grad_y = torch.ops.aten.silu_backward(grad.to(wide), _ConvolutionSiLU._sum_of_shifts(x, taps))
-        grad_x = grad_y * taps[-1]
+        wide = accumulation_dtype(x)
+        taps = _taps(weight, wide)
+        grad_x = x.new_empty(x.shape, dtype=wide)
         grad_taps = torch.zeros_like(taps)
-        grad_taps[-1] = (grad_y * x).sum((0, 1))
-        for shift in range(1, min(len(taps), x.shape[1])):
-            grad_x[:, :-shift].addcmul_(grad_y[:, shift:], taps[-1 - shift])
-            grad_taps[-1 - shift] = (grad_y[:, shift:] * x[:, :-shift]).sum((0, 1))
-        return grad_x.to(dtype), grad_taps.t().to(weight.dtype)
+        for rows, begin, end in _pieces(x):
+            y = torch.empty_like(grad_x[rows, begin:end])
+            read = _sum_of_shifts(x[rows], taps, begin, y)
+            grad_y = torch.ops.aten.silu_backward(grad[rows, begin:end].to(wide), y)
+            torch.mul(grad_y, taps[-1], out=grad_x[rows, begin:end])
+            for shift, x_read in enumerate(read):
+                skip = max(shift - begin, 0)
+                if shift:  # tokens before this one, some of them of the piece before
+                    part = grad_x[rows, begin + skip - shift : end - shift]
+                    part.addcmul_(grad_y[:, skip:], taps[-1 - shift])
+                grad_taps[-1 - shift] += (grad_y[:, skip:] * x_read).sum((0, 1))
+        return grad_x.to(x.dtype), grad_taps.t().to(weight.dtype)
+
+
+def _pieces(x: torch.Tensor) -> Iterator[tuple[slice, int, int]]:  # [B, T, D]
+    """``(rows, first token, end)`` of pieces that fit a cache, the tokens of a row in order."""
+    b, t, d = x.shape
+    if x.numel() <= 4 * PIECE:
+        yield slice(None), 0, t
+        return
+    rows = max(1, min(b, PIECE // (t * d)))
+    tokens = max(1, PIECE // d)
+    for row in range(0, b, rows):
+        for begin in range(0, t, tokens):
+            yield slice(row, row + rows), begin, min(begin + tokens, t)
+
+
+def _sum_of_shifts(
+    x: torch.Tensor,  # [B, T, D]
+    taps: torch.Tensor,  # [W, D]
+    begin: int,
+    out: torch.Tensor,  # [B, n, D] in the dtype of taps
+) -> list[torch.Tensor]:
+    """The convolution at n tokens from ``begin`` on. Returns what each shift of 0, 1, ... reads of x, shorter where
+    that would be before the first token."""
+    count = out.shape[1]
+    first, end = max(begin - len(taps) + 1, 0), begin + count
+    x = x[:, first:end].to(taps.dtype)
+    read = [
+        x[:, max(begin - shift, 0) - first : end - shift - first]
+        for shift in range(max(min(len(taps), end), 1))
+    ]
+    torch.mul(read[0], taps[-1], out=out)
+    for shift, x_read in enumerate(read[1:], start=1):
+        out[:, count - x_read.shape[1] :].addcmul_(x_read, taps[-1 - shift])
+    return read
 
 
 def _taps(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

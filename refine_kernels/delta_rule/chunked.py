@@ -11,8 +11,9 @@ triangular system (the WY form), because each ``u_i`` meets the earlier ones in 
     O = e^G scale Q S + P U              the reads                          [C, V]
     S' = e^G_C S + (e^(G_C - G) K)^T U   the state after                    [K, V]
 
-Only ``R -> U -> S'`` runs chunk after chunk. All else runs over the chunks of a segment (64 blocks, so that
-what is worked on stays in the cache) as one batched product.
+Only ``R -> U -> S'`` has to run chunk after chunk; what else reads S or dS' does so beside it, while they are in
+the cache. The rest runs over the chunks of a segment (64 blocks, so that what is worked on stays in the cache
+too) as one batched product.
 
 Backward, given ``dO`` and ``dS'``; M, P, U and S are computed again from the inputs:
 
@@ -32,6 +33,7 @@ Kept from forward to backward: the inputs, and the state before every segment bu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -79,21 +81,20 @@ def forward(
 
     finals = []
     for begin, end, owner in sequences:
-        state = new_states(b * h, kd, vd) if initial_state is None else _state_of(initial_state, owner, q)
+        state = new_states(b * h, kd, vd)
+        if initial_state is not None:
+            state.copy_(_state_of(initial_state, owner, q))
         for start, n, c in _segments(begin, end, b * h):
             if for_backward and start > begin:
                 next(unused).copy_(state.view(b, h, kd, vd))
             tokens = slice(start, start + n * c)
-            seg = _prepare(*(x if x is None else x[:, tokens] for x in (q, k, v, beta, g)), c, scale, l2norm)
-            want_after = output_final_state or tokens.stop < end
-            _, u, before, state = _scan(seg, state, n, want_after)
-            out = torch.bmm(seg.p, u)
-            out.baddbmm_(seg.q if g is None else seg.q * seg.from_start, before)
-            _store(out, o[:, tokens], c)
+            seg = _prepare(*(x if x is None else x[:, tokens] for x in (q, k, beta, g)), c, scale, l2norm)
             first, step, at = _boundaries(start - begin, n, state_stride)
-            if first < n:
-                found = before.view(n, b, h, kd, vd)[first::step].transpose(0, 1)
-                states[owner, at : at + found.shape[1]] = found
+            asked = [None] * n
+            for j, i in enumerate(range(first, n, step)):
+                asked[i] = states[owner, at + j]
+            out = _read_and_write(seg, v[:, tokens], state, asked, output_final_state or tokens.stop < end)
+            _store(out, o[:, tokens], c)
         finals.append(state)
     if not output_final_state:
         final_state = new_states(0, h, kd, vd)
@@ -138,18 +139,20 @@ def backward(
         used += more
         for (start, n, c), state in reversed(list(zip(segments, starts))):
             tokens = slice(start, start + n * c)
-            seg = _prepare(*(x if x is None else x[:, tokens] for x in (q, k, v, beta, g)), c, scale, l2norm)
+            seg = _prepare(*(x if x is None else x[:, tokens] for x in (q, k, beta, g)), c, scale, l2norm)
             d_before: list[torch.Tensor | None] = [None] * n  # what arrives at the state before each chunk
             if d_states is not None:
                 first, step, at = _boundaries(start - begin, n, state_stride)
                 for j, i in enumerate(range(first, n, step)):
                     d_before[i] = _state_of(d_states[:, at + j], owner, q)
-            d_x, d_v, d_beta, d_decay, d_state = _gradients(seg, state, d_o[:, tokens], d_state, d_before)
+            d_x, d_r, d_beta, d_decay, d_state = _gradients(
+                seg, v[:, tokens], state, d_o[:, tokens], d_state, d_before
+            )
             if l2norm:
-                _through_norm(d_x, seg, scale)
-            _store(d_x[:, :c].mul_(scale), dq[:, tokens], c)
-            _store(d_x[:, c:], dk[:, tokens], c)
-            _store(d_v, dv[:, tokens], c)
+                d_x.addcmul_(seg.x, _along(d_x, seg, scale), value=-1)
+            _store(d_x[:, :c], dq[:, tokens], c, seg.norms[:, :c] if l2norm else scale)
+            _store(d_x[:, c:], dk[:, tokens], c, seg.norms[:, c:] if l2norm else 1)
+            _store(d_r, dv[:, tokens], c, seg.beta)
             _store(d_beta, dbeta[:, tokens], c)
             if g is not None:
                 _store(d_decay.flip(1).cumsum(1).flip(1), dg[:, tokens], c)
@@ -232,11 +235,19 @@ def _load(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _store(x: torch.Tensor, out: torch.Tensor, c: int) -> None:
-    """[n * B * HV, C, ...] -> out [B, n * C, H, ...]; over a key head's value heads it is a sum."""
+def _store(x: torch.Tensor, out: torch.Tensor, c: int, factor: torch.Tensor | float = 1.0) -> None:
+    """``factor`` [n * B * HV, C, 1] times x [n * B * HV, C, ...] -> out [B, n * C, H, ...]; over a key head's value
+    heads it is a sum."""
     view = _by_chunk(out, c)
-    x = _per_key_head(x, view)
-    view.copy_(x.squeeze(3) if x.shape[3] == 1 else x.sum(3))
+    heads = _per_key_head(x, view)
+    if heads.shape[3] != 1 or x.dtype != out.dtype:
+        view.copy_(_per_key_head(x * factor, view).sum(3))
+    elif isinstance(factor, torch.Tensor):
+        torch.mul(heads.squeeze(3), factor.view(*view.shape[:4], 1), out=view)
+    elif factor != 1:
+        torch.mul(heads.squeeze(3), factor, out=view)
+    else:
+        view.copy_(heads.squeeze(3))
 
 
 def _steps(
@@ -254,55 +265,63 @@ class _Segment:
     """What the chunks of a segment are, apart from any state."""
 
     x: torch.Tensor  # [m, 2C, K]  scale Q over K
-    v: torch.Tensor  # [m, C, V]
     beta: torch.Tensor  # [m, C, 1]
     decay: torch.Tensor  # [m or 1, 2C, C]  lower(D) over strictly_lower(D)
     pairs: torch.Tensor  # [m, 2C, C]  P over L
     inverse: torch.Tensor  # [m, C, C]  M
-    norms: torch.Tensor | None  # [m, 2C, 1]  what the rows of x were multiplied by, with l2norm
+    norms: torch.Tensor | None  # [m, 2C, 1]  what the rows of x were multiplied by, with l2norm (scale too)
     from_start: torch.Tensor | None  # [m, C, 1]  e^G
     to_end: torch.Tensor | None  # [m, C, 1]  e^(G_C - G)
     through: torch.Tensor | None  # [m, 1, 1]  e^G_C
 
     @property
     def q(self) -> torch.Tensor:  # [m, C, K]  scale Q
-        return self.x[:, : self.v.shape[1]]
+        return self.x[:, : self.beta.shape[1]]
 
     @property
     def k(self) -> torch.Tensor:  # [m, C, K]
-        return self.x[:, self.v.shape[1] :]
+        return self.x[:, self.beta.shape[1] :]
+
+    def reads(self) -> torch.Tensor:  # [m, 2C, K]  e^G scale Q over e^G K
+        if self.from_start is None:
+            return self.x
+        m, rows, kd = self.x.shape
+        return (self.x.view(m, 2, rows // 2, kd) * self.from_start.unsqueeze(1)).view(m, rows, kd)
+
+    def writes(self) -> torch.Tensor:  # [m, C, K]  e^(G_C - G) K
+        return self.k if self.to_end is None else self.k * self.to_end
 
     @property
     def p(self) -> torch.Tensor:  # [m, C, C]  P
-        return self.pairs[:, : self.v.shape[1]]
+        return self.pairs[:, : self.beta.shape[1]]
 
     @property
     def lower(self) -> torch.Tensor:  # [m, C, C]  L
-        return self.pairs[:, self.v.shape[1] :]
+        return self.pairs[:, self.beta.shape[1] :]
 
 
 def _prepare(
     q: torch.Tensor,  # [B, n * C, H, K]
     k: torch.Tensor,  # [B, n * C, H, K]
-    v: torch.Tensor,  # [B, n * C, HV, V]
     beta: torch.Tensor,  # [B, n * C, HV]
     g: torch.Tensor | None,  # [B, n * C, HV]
     c: int,
     scale: float,
     l2norm: bool,
 ) -> _Segment:
-    b, t, h, _ = v.shape
+    b, t, h = beta.shape
     m, kd = b * h * (t // c), q.shape[-1]
     new = q.new_empty(0, dtype=accumulation_dtype(q)).new_empty
     x, norms = new(m, 2 * c, kd), None
     _load(q, x[:, :c])
     _load(k, x[:, c:])
-    v = _load(v, new(m, c, v.shape[-1]))
     beta = _load(beta, new(m, c)).unsqueeze(-1)
     if l2norm:
-        norms = x.square().sum(-1, keepdim=True).add_(L2_NORM_EPS).rsqrt_()
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(L2_NORM_EPS).rsqrt_()
+        norms[:, :c] *= scale
         x *= norms
-    x[:, :c] *= scale
+    else:
+        x[:, :c] *= scale
 
     from_start = to_end = through = None
     if g is None:
@@ -311,50 +330,74 @@ def _prepare(
         decay[:, c:].tril_(-1)
     else:
         # Differences of running sums, in float64: after a strong decay, float32 sums no longer resolve the
-        # weak ones that follow. Above the diagonal exp may overflow; tril drops it.
-        total = _load(g, new(m, c, dtype=torch.float64)).clamp_(min=-1e4).cumsum(1)
-        between = (total.unsqueeze(2) - total.unsqueeze(1)).to(x.dtype).exp_()
-        decay = new(m, 2 * c, c)
-        torch.tril(between, out=decay[:, :c])
-        torch.tril(between, -1, out=decay[:, c:])
-        from_start = total.exp().to(x.dtype).unsqueeze(-1)
-        to_end = (total[:, -1:] - total).exp().to(x.dtype).unsqueeze(-1)
+        # weak ones that follow. Powers of two: MKL's exp takes 15 times as long where a result leaves float32.
+        total = _load(g, new(m, c, dtype=torch.float64)).clamp_(min=-1e4).mul_(math.log2(math.e)).cumsum(1)
+        decay = new(m, 2, c, c)
+        between = torch.sub(total.unsqueeze(2), total.unsqueeze(1)).to(x.dtype)
+        after = new(c, c).fill_(-math.inf).triu_(1)
+        torch.exp2(between.add_(after), out=decay[:, 0])
+        torch.sub(decay[:, 0], torch.eye(c, dtype=x.dtype, device=x.device), out=decay[:, 1])
+        decay = decay.view(m, 2 * c, c)
+        from_start = total.exp2().to(x.dtype).unsqueeze(-1)
+        to_end = (total[:, -1:] - total).exp2().to(x.dtype).unsqueeze(-1)
         through = from_start[:, -1:]
 
     pairs = torch.bmm(x, x[:, c:].transpose(1, 2)).mul_(decay)
     eye = torch.eye(c, dtype=x.dtype, device=x.device).expand(m, c, c)
     inverse = torch.linalg.solve_triangular(pairs[:, c:] * beta, eye, upper=False, unitriangular=True)
-    return _Segment(x, v, beta, decay, pairs, inverse, norms, from_start, to_end, through)
+    return _Segment(x, beta, decay, pairs, inverse, norms, from_start, to_end, through)
+
+
+def _read_and_write(
+    seg: _Segment,
+    v: torch.Tensor,  # [B, n * C, HV, V]
+    state: torch.Tensor,  # [B * HV, K, V] before the segment; brought to what it is after it, if wanted
+    asked: list[torch.Tensor | None],  # n of [B, HV, K, V], to be given the state before each chunk
+    want_after: bool,
+) -> torch.Tensor:
+    """Through the n chunks: the reads O [m, C, V]."""
+    n, (m, c, _), vd = len(asked), seg.beta.shape, v.shape[-1]
+    z = state.new_empty(m, 2 * c, vd)  # [0; V] - (what x reads from the state), that is [-e^G scale Q S; R]
+    z[:, :c] = 0
+    _load(v, z[:, c:])
+    u = state.new_empty(m, c, vd)
+    solve = seg.inverse * seg.beta.transpose(1, 2)
+    parts = (z, u, solve, seg.reads(), seg.writes().transpose(1, 2), seg.through)
+    for i, (z_i, u_i, solve_i, x_i, k_i, through_i) in enumerate(zip(*(_steps(a, n) for a in parts))):
+        if asked[i] is not None:
+            asked[i].copy_(state.view(asked[i].shape))
+        z_i.baddbmm_(x_i, state, alpha=-1)
+        torch.bmm(solve_i, z_i[:, c:], out=u_i)
+        if want_after or i < n - 1:
+            _advance(state, through_i, k_i, u_i)
+    return torch.bmm(seg.p, u).sub_(z[:, :c])
 
 
 def _scan(
     seg: _Segment,
+    v: torch.Tensor,  # [B, n * C, HV, V]
     state: torch.Tensor,  # [B * HV, K, V]
     n: int,
-    want_after: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Through the n chunks: R [m, C, V], U [m, C, V], the states before each [m, K, V] and after all
-    [B * HV, K, V] (not brought up to date unless wanted). R takes the place of ``seg.v``."""
-    r, u = seg.v, torch.empty_like(seg.v)
-    before = state if n == 1 else state.new_empty(n, *state.shape)
-    slots = (None,)
-    if n > 1:
-        before[0] = state
-        slots = (*before[1:].unbind(0), None)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Through the n chunks: R [m, C, V], U [m, C, V] and the states before each [n, B * HV, K, V]."""
+    r, u = (state.new_empty(*seg.beta.shape[:2], v.shape[-1]) for _ in range(2))
+    _load(v, r)
+    before = state.new_empty(n, *state.shape)
+    before[0] = state
     k_read = seg.k if seg.from_start is None else seg.k * seg.from_start
-    k_write = seg.k if seg.to_end is None else seg.k * seg.to_end
     solve = seg.inverse * seg.beta.transpose(1, 2)
-    chunks = zip(
-        *(_steps(a, n) for a in (r, u, solve, k_read, k_write.transpose(1, 2), seg.through)),
-        slots,
-        strict=True,
-    )
-    for r_i, u_i, solve_i, k_read_i, k_write_i, through_i, slot in chunks:
-        r_i.baddbmm_(k_read_i, state, alpha=-1)
+    parts = (r, u, solve, k_read, seg.writes().transpose(1, 2), seg.through)
+    for i, (r_i, u_i, solve_i, k_read_i, k_write_i, through_i) in enumerate(
+        zip(*(_steps(a, n) for a in parts))
+    ):
+        r_i.baddbmm_(k_read_i, before[i], alpha=-1)
         torch.bmm(solve_i, r_i, out=u_i)
-        if slot is not None or want_after:
-            state = _advance(state, through_i, k_write_i, u_i, slot)
-    return r, u, before.view(-1, *state.shape[1:]), state
+        if i < n - 1:
+            if through_i is None:
+                torch.baddbmm(before[i], k_write_i, u_i, out=before[i + 1])
+            else:
+                torch.mul(before[i], through_i, out=before[i + 1]).baddbmm_(k_write_i, u_i)
+    return r, u, before
 
 
 def _advance(
@@ -362,94 +405,80 @@ def _advance(
     through: torch.Tensor | None,  # [B * HV, 1, 1]
     a: torch.Tensor,  # [B * HV, K, C]
     b: torch.Tensor,  # [B * HV, C, V]
-    out: torch.Tensor | None,  # [B * HV, K, V]
-) -> torch.Tensor:
-    """``through * state + a b``, into ``out`` or a new tensor; ``state`` is not written."""
+) -> None:
+    """``state = through * state + a b``, in place."""
     if through is not None:
-        return torch.mul(state, through, out=out).baddbmm_(a, b)
-    return torch.baddbmm(state, a, b) if out is None else torch.baddbmm(state, a, b, out=out)
+        state *= through
+    state.baddbmm_(a, b)
 
 
 def _gradients(
     seg: _Segment,
+    v: torch.Tensor,  # [B, n * C, HV, V]
     state: torch.Tensor,  # [B * HV, K, V] before the segment
     d_o: torch.Tensor,  # [B, n * C, HV, V]
     d_state: torch.Tensor | None,  # [B * HV, K, V] of the state after the segment; None for zero
     d_before: list[torch.Tensor | None],  # n of [B * HV, K, V], to be added before each chunk
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Gradients of x [m, 2C, K], v [m, C, V], beta [m, C], G [m, C] and the state before the segment."""
-    n, (m, c, vd) = len(d_before), seg.v.shape
-    r, u, before, _ = _scan(seg, state, n, want_after=False)
-    d_read = u.new_empty(m, 2 * c, vd)  # of what x reads from the state: e^G dO over -e^G beta dR'
-    d_out = _load(d_o, torch.empty_like(u) if seg.from_start is not None else d_read[:, :c])
-    k_write, minus = seg.k, seg.beta.neg()
-    if seg.from_start is not None:
+    """Gradients of x [m, 2C, K], R' = diag(beta) R [m, C, V], beta [m, C], G [m, C] and the state before the
+    segment."""
+    n, (m, c, _) = len(d_before), seg.beta.shape
+    r, u, before = _scan(seg, v, state, n)
+    d_rows = u.new_empty(m, 2 * c, u.shape[-1])  # dO over dR'
+    d_read = torch.empty_like(d_rows)  # of what x reads from the state: e^G dO over -e^G beta dR'
+    d_out = _load(d_o, d_rows[:, :c])
+    minus = seg.beta.neg()
+    if seg.from_start is None:
+        d_read[:, :c] = d_out
+    else:
         torch.mul(d_out, seg.from_start, out=d_read[:, :c])
-        k_write = seg.k * seg.to_end
         minus *= seg.from_start
 
-    # From the last chunk to the first: dU, dR', dS.
+    # From the last chunk to the first: dU, dR', dS; and what goes through the state to x.
     d_u = torch.bmm(seg.p.transpose(1, 2), d_out)
     d_r = torch.empty_like(d_u)
-    slots: tuple[torch.Tensor | None, ...] = (None,)
-    after = d_state  # the gradient of the state after each chunk; None: a lone chunk, nothing arrives
-    if n > 1:
-        after = state.new_empty(n, *state.shape)
-        slots = (None, *after[:-1].unbind(0))
-        if d_state is None:
-            d_state = after[-1].zero_()
-        else:
-            after[-1] = d_state
-    chunks = zip(
-        *(
-            _steps(a, n)
-            for a in (
-                d_u,
-                d_r,
-                d_read,
-                seg.inverse.transpose(1, 2),
-                minus,
-                k_write,
-                seg.x.transpose(1, 2),
-                seg.through,
-            )
-        ),
-        d_before,
-        slots,
-        strict=True,
+    d_x = torch.empty_like(seg.x)
+    d_k = torch.empty_like(seg.k)  # of e^(G_C - G) K
+    d_through = None if seg.through is None else seg.through.new_zeros(n, m // n)
+    d_state = torch.zeros_like(state) if d_state is None else d_state.clone()
+    parts = (
+        d_u,
+        d_r,
+        d_read,
+        u,
+        d_x,
+        d_k,
+        seg.inverse.transpose(1, 2),
+        minus,
+        seg.writes(),
+        seg.x,
+        seg.through,
     )
-    for d_u_i, d_r_i, d_read_i, inverse_i, minus_i, k_write_i, x_i, through_i, extra, slot in reversed(
-        list(chunks)
-    ):
-        if d_state is not None:
-            d_u_i.baddbmm_(k_write_i, d_state)
+    chunks = list(zip(*(_steps(a, n) for a in parts)))
+    for i in reversed(range(n)):
+        d_u_i, d_r_i, d_read_i, u_i, d_x_i, d_k_i, inverse_i, minus_i, k_write_i, x_i, through_i = chunks[i]
+        d_u_i.baddbmm_(k_write_i, d_state)
+        torch.bmm(u_i, d_state.transpose(1, 2), out=d_k_i)
+        if d_through is not None:
+            torch.sum(d_state * before[i], (1, 2), out=d_through[i])
         torch.bmm(inverse_i, d_u_i, out=d_r_i)
         torch.mul(d_r_i, minus_i, out=d_read_i[:, c:])
-        if d_state is None:
-            d_state = torch.bmm(x_i, d_read_i)
-        else:
-            d_state = _advance(d_state, through_i, x_i, d_read_i, slot)
-        if extra is not None:
-            d_state += extra
-
-    # All chunks at once: through the state ...
-    d_x = torch.bmm(d_read, before.transpose(1, 2))
+        torch.bmm(d_read_i, before[i].transpose(1, 2), out=d_x_i)
+        _advance(d_state, through_i, x_i.transpose(1, 2), d_read_i)
+        if d_before[i] is not None:
+            d_state += d_before[i]
     d_decay = None
-    if seg.from_start is not None:
+    if d_through is not None:
         d_decay = (d_x * seg.x).sum(-1).view(m, 2, c).sum(1)
-    d_k = None
-    if after is not None:
-        after = after.view(before.shape)
-        d_k = torch.bmm(u, after.transpose(1, 2))
-        if seg.to_end is not None:
-            d_k *= seg.to_end
-            written = (d_k * seg.k).sum(-1)
-            d_decay -= written
-            d_decay[:, -1] += written.sum(-1) + (after * before).sum((-1, -2)) * seg.through.view(m)
+        d_k *= seg.to_end
+        written = (d_k * seg.k).sum(-1)
+        d_decay -= written
+        d_decay[:, -1] += written.sum(-1) + d_through.view(m) * seg.through.view(m)
 
-    # ... and through the pairs.
-    d_p = torch.bmm(d_out, u.transpose(1, 2))
-    d_a = torch.bmm(d_r, u.transpose(1, 2)).neg_()
+    # Through the pairs, of all chunks at once.
+    d_rows[:, c:] = d_r
+    d_p, d_a = torch.bmm(d_rows, u.transpose(1, 2)).split(c, 1)
+    d_a = d_a.neg()
     weighted = d_a * seg.lower
     d_beta = (d_r * r).sum(-1) + weighted.sum(-1)
     if d_decay is not None:
@@ -459,15 +488,13 @@ def _gradients(
     torch.mul(d_p, seg.decay[:, :c], out=d_pairs[:, :c])
     torch.mul(d_a, seg.decay[:, c:], out=d_pairs[:, c:]).mul_(seg.beta)
     d_x.baddbmm_(d_pairs, seg.k)
-    if d_k is None:
-        d_x[:, c:] += torch.bmm(d_pairs.transpose(1, 2), seg.x)
-    else:
-        d_x[:, c:] += d_k.baddbmm_(d_pairs.transpose(1, 2), seg.x)
-    return d_x, d_r.mul_(seg.beta), d_beta, d_decay, d_state
+    d_x[:, c:] += d_k.baddbmm_(d_pairs.transpose(1, 2), seg.x)
+    return d_x, d_r, d_beta, d_decay, d_state
 
 
-def _through_norm(d_x: torch.Tensor, seg: _Segment, scale: float) -> None:  # d_x [m, 2C, K], in place
-    """Of x = norms * raw: d_raw = norms * (d_x - x <x, d_x>), the query rows without their scale."""
-    unit = seg.x
-    seg.q.div_(scale)
-    d_x.sub_(unit * (d_x * unit).sum(-1, keepdim=True)).mul_(seg.norms)
+def _along(d_x: torch.Tensor, seg: _Segment, scale: float) -> torch.Tensor:  # [m, 2C, K] -> [m, 2C, 1]
+    """How much of ``seg.x`` the gradient of each row loses to its l2 norm: x = norms * raw and
+    d_raw = norms * (d_x - along * x), where the norms of query rows contain their scale."""
+    along = (d_x * seg.x).sum(-1, keepdim=True)
+    along[:, : seg.beta.shape[1]] /= scale**2
+    return along

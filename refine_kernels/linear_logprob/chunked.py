@@ -8,11 +8,11 @@ logits of those rows whose upstream gradient is not zero. 4 products in all.
 *Dense* (`loss_and_gradients`): the weighted sum of the rows' losses with the entropies off the same pass and
 the gradients taken at once, logits turned into their own gradient in place. 3 products in all.
 
-The row arithmetic. With ``m = max q``, ``d = q - m`` and ``p = softmax(d)`` from the fused kernel, nothing
-needs another exponential or logarithm of a whole row:
+The row arithmetic. With ``m = max q``, ``d = q - m`` and ``p = exp(d)`` (as a power of two, which takes a third of
+the time of MKL's exp), nothing needs another exponential or logarithm of a whole row:
 
-    c      = sum p                the rounding error of the kernel's own sum: p / c is normalised to an ulp
-    log_s  = log(c / max p)       log sum exp(d) >= 0, since the largest element of exp(d) is 1
+    c      = sum p                p / c is normalised to an ulp
+    log_s  = log c                log sum exp(d) >= 0, since the largest element of p is 1
     lse    = m + log_s
     log p  = d - log_s
     H      = log_s - sum(p d) / c         both terms >= 0, and neither knows m: shifts cost no accuracy
@@ -25,6 +25,7 @@ slice until `partials.py` joins them, and the backward takes ``log p = q - lse``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,8 +39,8 @@ from refine_kernels.precision import accumulation_dtype
 # Rows of a product: 16 MiB of logits, or 256 rows where that is more (with 128 the products are 8% slower).
 CHUNK_BYTES = 16 << 20
 MIN_CHUNK_ROWS = 256
-# Rows of a block of row arithmetic: from 1 to 8 MiB are equally fast; larger ones start fewer parallel loops.
-BLOCK_BYTES = 8 << 20
+# Rows of a block of row arithmetic: 1, 2 and 8 MiB differ by a hundredth; larger ones start fewer parallel loops.
+BLOCK_BYTES = 2 << 20
 # Elements whose noise is drawn at once. ATen keeps loops of up to 32768 elements on one thread, and the
 # generator is a hundred short loops: on two idle cores two threads would be 1.8 times as fast, but on busy
 # ones they wait for each other at the end of every loop (90 times as slow at a load of 7).
@@ -74,7 +75,7 @@ class Rows(NamedTuple):
 
     m: torch.Tensor  # max q
     log_s: torch.Tensor  # log sum exp(q - m)
-    c: torch.Tensor  # sum of the kernel's probabilities
+    c: torch.Tensor  # sum of p
 
     def within(
         self,
@@ -125,6 +126,7 @@ class Gradients:
         self.x = w.new_zeros(x.shape if self.needs_x else 0, dtype=x_dtype or dtype)  # [N, D]
         self.weight = w.new_zeros(w.shape if self.needs_weight else 0, dtype=dtype)  # [V, D]
         self.bias = w.new_zeros(w.shape[0] if self.needs_bias else 0, dtype=dtype)  # [V]
+        self.first = True
 
     def add(
         self,
@@ -135,7 +137,8 @@ class Gradients:
         if self.needs_x:
             self.x[rows] = dz @ self.head.weight
         if self.needs_weight:
-            self.weight.addmm_(dz.t(), x)
+            self.weight.addmm_(dz.t(), x, beta=0 if self.first else 1)
+            self.first = False
         if self.needs_bias:
             self.bias += dz.sum(0)
 
@@ -258,7 +261,8 @@ def loss_and_gradients(
             row = _softmax_(q_b, d_b)
             logprob[rows_b] = (q_y - row.m - row.log_s)[:, 0]
             if need_entropy:
-                entropy[rows_b] = (row.log_s - _mean(q_b, d_b, row))[:, 0]
+                # without a softcap nobody needs d after this
+                entropy[rows_b] = (row.log_s - _mean(q_b, d_b, row, into_d=head.softcap is None))[:, 0]
             if any(needs):
                 _gradient_(q_b, d_b, row, y, upstream.at(rows_b), head)
         gradients.add(q, x_c, rows)
@@ -303,27 +307,28 @@ def _blocks(
 
 
 def _softmax_(
-    q: torch.Tensor,  # [B, V] logits -> probabilities times c
+    q: torch.Tensor,  # [B, V] logits -> exp(q - m): probabilities times c
     d: torch.Tensor,  # [B, V] out: q - m
 ) -> Rows:
     m = q.amax(1, keepdim=True)
     torch.sub(q, m, out=d)
-    torch.softmax(d, 1, out=q)
+    torch.mul(d, math.log2(math.e), out=q).exp2_()
     c = q.sum(1, keepdim=True)
-    return Rows(m, (c / q.amax(1, keepdim=True)).log_(), c)
+    return Rows(m, c.log(), c)
 
 
 def _mean(
-    p: torch.Tensor,  # [B, V] probabilities times c
+    p: torch.Tensor,  # [B, V] exp(q - m): probabilities times c
     d: torch.Tensor,  # [B, V]
     row: Rows,
+    into_d: bool = False,
 ) -> torch.Tensor:  # [B, 1]
-    """The mean of d under p: the entropy is log_s less it."""
-    return (p * d).sum(1, keepdim=True) / row.c
+    """The mean of d under p: the entropy is log_s less it. ``into_d``: d is used up."""
+    return torch.mul(p, d, out=d if into_d else None).sum(1, keepdim=True) / row.c
 
 
 def _gradient_(
-    p: torch.Tensor,  # [B, V] probabilities times c -> dL/d(x W^T + b)
+    p: torch.Tensor,  # [B, V] exp(q - m): probabilities times c -> dL/d(x W^T + b)
     d: torch.Tensor,  # [B, V] used up
     row: Rows,
     y: torch.Tensor,  # [B]; outside [0, V) where another rank holds it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from refine.models import blocks
 from refine.models.layers import DeltaNet, GatedDeltaNet, LaCT
 from tests.numerics import assert_close
 
@@ -59,3 +60,14 @@ def test_misuse_is_told(layer):
         layer(torch.zeros(1, 3, 24).double(), state=state)
     with pytest.raises(ValueError, match=r"'num_head' is no setting of .*: did you mean 'num_heads'"):
         DeltaNet(24, num_head=2)
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 3), (2, 7, 4), (3, 1, 2), (2, 3, 9), (5, 2, 2)])
+def test_the_short_convolution_piece_by_piece(shape, monkeypatch):
+    monkeypatch.setattr(blocks, "PIECE", 4)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(shape[-1], 4, dtype=torch.float64, requires_grad=True)
+    padded = torch.nn.functional.pad(x.transpose(1, 2), (3, 0))
+    plain = torch.nn.functional.conv1d(padded, weight[:, None], groups=shape[-1]).transpose(1, 2)
+    assert_close(blocks.causal_convolution(x, weight), torch.nn.functional.silu(plain), 1e-12)
+    assert torch.autograd.gradcheck(blocks.causal_convolution, (x, weight))
