@@ -26,7 +26,14 @@ from refine.method.objective import policy_objective
 from refine.models.head import HiddenOnly, TokenLogprob
 
 # P, R, n
-SIZES = ((4096, 64, 8), (1024, 64, 8), (4096, 64, 4), (2048, 64, 16))
+SIZES = (
+    (4096, 64, 8),
+    (1024, 64, 8),
+    (4096, 64, 4),
+    (2048, 64, 16),
+    (4096, 256, 8),
+    (512, 512, 8),
+)
 WAYS = ("once", "separately", "trl", "trl_once")
 CONFIG = RefineConfig()
 

@@ -32,6 +32,12 @@ def test_no_argument_is_the_default_job_and_a_named_model_is_not():
     assert parse_settings(["--model_name_or_path", "x"]).learning_rate == 1e-6
 
 
+def test_the_tiny_model_reads_recall_documents_and_a_new_one_plain_text_unless_data_is_named():
+    assert parse_settings([]).dataset_name_or_path == "recall"
+    assert parse_settings(["--model_type", "lact"]).dataset_name_or_path == "default"
+    assert parse_settings(["--model_type", "lact", "--dataset_name_or_path", "x"]).dataset_name_or_path == "x"
+
+
 def test_what_is_written_reads_back(tmp_path):
     settings = parse_settings(
         ["--model_type", "delta_net", "--config_overrides", "hidden_size=64,use_gate=true"]
