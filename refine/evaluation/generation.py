@@ -35,16 +35,6 @@ class Sampling:
     top_k: int | None = None
 
 
-def generate_greedy(
-    model: torch.nn.Module,
-    prompts: Sequence[Sequence[int] | np.ndarray],
-    max_new_tokens: int | Sequence[int],
-    end_ids: frozenset[int] = frozenset(),
-) -> list[list[int]]:
-    """:func:`generate` of the most likely token at every step."""
-    return generate(model, prompts, max_new_tokens, end_ids)
-
-
 @torch.no_grad()
 def generate(
     model: torch.nn.Module,

@@ -17,7 +17,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from refine.evaluation.settings import PROTOCOLS
 from refine.paper.stages import KINDS, Stage
 from refine.settings import SettingsError, build, kinds_of, nearest, read_mapping, read_yaml
 
@@ -319,9 +318,3 @@ def _check_overrides(overrides: dict[str, Any], stages: dict[str, Any]) -> None:
 
 
 _STAGES = {"mid", "post", "test"}
-
-
-def check_protocol(name: str) -> None:
-    """Raises ``SettingsError`` for a protocol that there is not."""
-    if name not in PROTOCOLS:
-        raise SettingsError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")

@@ -16,7 +16,7 @@ from refine.data.needles import HELD_OUT_WORDING, RULER_WORDING, WORDINGS, key_w
 from refine.data.recall_documents import recall_document
 from refine.data.sources import find_answers
 from refine.data.stream import DataConfig, Encoder, held_out_stream, training_stream
-from refine.evaluation.generation import generate_greedy
+from refine.evaluation.generation import generate
 from refine.evaluation.recall import answered_greedily, questions_of_recall
 from refine.evaluation.tasks.niah import NEEDLE, NIAH_TASKS, Draw, write_prompt
 from refine.models import load_model
@@ -346,7 +346,7 @@ def test_answered_greedily_is_what_greedy_decoding_says(tokenizer):
     for name, own in rows.items():
         longest = 300 if name != "recall" else 600  # its documents are only about as long
         assert len(own) == 3 and all(100 < len(prompt) + len(answer) <= longest for prompt, answer in own)
-        said = [generate_greedy(model, [prompt], len(answer))[0] for prompt, answer in own]
+        said = [generate(model, [prompt], len(answer))[0] for prompt, answer in own]
         asked = own + [(prompt, words) for (prompt, _), words in zip(own, said)]
         right = [words == list(answer) for (_, answer), words in zip(own, said)]
         assert answered_greedily(model, asked) == right + [True] * 3

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from refine.evaluation.generation import generate_greedy
+from refine.evaluation.generation import generate
 from refine.models.head import HiddenOnly, SampleToken
 from refine.models.state import map_state
 from tests.refine.tiny import FAMILIES, VOCABULARY, tiny_model
@@ -37,7 +37,7 @@ def test_greedy_is_the_argmax_of_full_forwards(family):
     model = tiny_model(family).train()
     ragged = prompts(70, 1, 33, 64)  # LaCT: before, on and beyond a chunk's end
     expected = [by_full_forwards(model.eval(), prompt, 40) for prompt in ragged]
-    assert generate_greedy(model.train(), ragged, 40) == expected
+    assert generate(model.train(), ragged, 40) == expected
     assert model.training
     assert (
         len({len(set(said)) for said in expected}) > 1 or len(set(expected[0])) > 2
@@ -48,13 +48,13 @@ def test_greedy_is_the_argmax_of_full_forwards(family):
 def test_rows_end_by_themselves(family):
     model = tiny_model(family).eval()
     ragged = prompts(40, 12, 25, 31, 7)
-    free = generate_greedy(model, ragged, 24)
+    free = generate(model, ragged, 24)
     end_ids = frozenset([free[0][5], free[1][0], free[3][17]])
     limits = [24, 24, 3, 24, 1]
     expected = [by_full_forwards(model, p, limit, end_ids) for p, limit in zip(ragged, limits)]
-    assert generate_greedy(model, ragged, limits, end_ids) == expected
+    assert generate(model, ragged, limits, end_ids) == expected
     assert expected[1] == [] and len(expected[2]) <= 3
-    assert generate_greedy(model, ragged[1:2], 24, end_ids) == [[]]
+    assert generate(model, ragged[1:2], 24, end_ids) == [[]]
 
 
 def test_rows_that_have_ended_leave_the_batch():
@@ -64,7 +64,7 @@ def test_rows_that_have_ended_leave_the_batch():
     model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(args[0].shape) if args else None, with_kwargs=True
     )
-    generate_greedy(model, ragged, [2, 5, 5, 9])
+    generate(model, ragged, [2, 5, 5, 9])
     assert [shape[0] for shape in sizes] == [4, 4, 3, 3, 3, 1, 1, 1, 1]
     assert all(shape[1] == 1 for shape in sizes[1:])  # the prompts are read once
 
@@ -87,7 +87,7 @@ def test_memory_does_not_grow_with_the_tokens_generated(family):
             sizes.append(sum(seen.values()))
 
     model.register_forward_hook(note, with_kwargs=True)
-    generate_greedy(model, prompts(100, 90), 160)
+    generate(model, prompts(100, 90), 160)
     assert len(sizes) == 160
     assert max(sizes[80:]) <= max(sizes[:80])
 
@@ -101,7 +101,7 @@ def test_bad_arguments_are_named():
         ((prompts(3), [1, 2]), "max_new_tokens must be at least 1, for all 1 prompts or one each"),
     ):
         with pytest.raises(ValueError, match=message):
-            generate_greedy(model, *arguments)
+            generate(model, *arguments)
     assert model.training
 
 
@@ -127,7 +127,7 @@ def test_generation_costs_a_prefill_and_its_steps(family):
 
     def whole() -> float:
         began = time.perf_counter()
-        assert len(generate_greedy(model, prompt, 128)[0]) == 128
+        assert len(generate(model, prompt, 128)[0]) == 128
         return time.perf_counter() - began
 
     whole(), parts()

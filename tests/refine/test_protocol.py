@@ -16,7 +16,7 @@ from refine.data.pairs import PairColumns, training_pairs
 from refine.data.rows import split_of
 from refine.data.stream import DataConfig
 from refine.evaluation.answers import _line, whole_batches
-from refine.evaluation.generation import Sampling, generate, generate_greedy
+from refine.evaluation.generation import Sampling, generate
 from refine.evaluation.prompt_training import PromptTrainer
 from refine.evaluation.settings import EvalSettings
 from refine.evaluation.tasks.item import Item, Prompt, encode
@@ -154,7 +154,7 @@ def test_drawn_answers_follow_from_prompt_and_place_alone():
         for prompt, seed in zip(prompts, (1, 2, 3))
     ]
     assert together != generate(model, prompts, 6, frozenset(), Sampling([4, 5, 6], 1.0, 5))
-    greedy = generate_greedy(model, prompts, 6)
+    greedy = generate(model, prompts, 6)
     assert generate(model, prompts, 6, frozenset(), Sampling([1, 2, 3], 1.0, 1)) == greedy != together
     logits = model(torch.tensor([prompts[0]])).logits[0, -1]
     first = {generate(model, [prompts[0]], 1, frozenset(), Sampling([s], 1.0, 3))[0][0] for s in range(60)}
