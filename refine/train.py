@@ -380,6 +380,8 @@ class _Run:
         }
         began = time.perf_counter()
         path = self.folder.checkpoint(step)
+        if self.world.is_main:
+            self.folder.about_to_write(path)
         try:
             checkpoint.save_folder(path, self.model, self.tokenizer, state, self.optimizer, self.world)
         except checkpoint.NotFiniteError as error:
@@ -391,7 +393,7 @@ class _Run:
             raise checkpoint.CheckpointError(f"{error}; {self.folder.whole_checkpoints()}") from error
         self.saved_step = step
         if self.world.is_main:
-            self.folder.wrote(path)
+            self.folder.last_saved = path
             self.rotation_is_due = True
             size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
             terminal.say(f"saved {path} ({size:.0f} MB, {time.perf_counter() - began:.1f} s)")

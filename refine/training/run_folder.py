@@ -130,9 +130,8 @@ class RunFolder:
         """Where the checkpoint of an update goes."""
         return self.path / f"checkpoint-{step}"
 
-    def wrote(self, folder: Path) -> None:
-        """Note a new checkpoint."""
-        self.last_saved = folder
+    def about_to_write(self, folder: Path) -> None:
+        """Note a checkpoint as this run's; before it is there, so that no kill can come between."""
         self._written = [name for name in self._written or [] if name != folder.name] + [folder.name]
         self._write_mark()
 

@@ -294,6 +294,28 @@ def test_a_rotation_that_a_kill_came_before_is_made_by_the_next_run(tmp_path, te
     assert checkpoints(tmp_path) == ["checkpoint-4", "checkpoint-6"]
 
 
+def test_a_checkpoint_that_was_whole_when_the_kill_came_is_rotated_like_the_others(
+    tmp_path, text_file, monkeypatch
+):
+    class Killed(BaseException):
+        pass
+
+    original = checkpoint.save_folder
+
+    def save_and_die(*given, **named):
+        original(*given, **named)
+        raise Killed
+
+    settings = {"max_steps": 6, "save_steps": 2, "save_total_limit": 1, "resume_from_checkpoint": "auto"}
+    with monkeypatch.context() as change:
+        change.setattr(checkpoint, "save_folder", save_and_die)
+        with pytest.raises(Killed):
+            run(tmp_path, text_file, **settings)
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
+    assert run(tmp_path, text_file, **settings) == 0
+    assert checkpoints(tmp_path) == ["checkpoint-6"]
+
+
 def test_a_model_with_nan_is_told_at_load(finished, text_file, tmp_path, capsys):
     broken = shutil.copytree(finished / "final", tmp_path / "broken")
     spoil_weights(broken)
