@@ -287,7 +287,7 @@ def test_a_schedule_reads_as_numbers():
         (["--context_weight", "-0.1"], "context_weight must be at least 0 and finite, got -0.1"),
         (["--answer_weight", "4", "--phase", "mid"], "are about the next-token loss of phase sft"),
         (
-            ["--answer_weight", "4"],
+            ["--answer_weight", "4", "--dataset_name_or_path", "default"],
             "the first documents of the default text mark no answers: name their answers_column",
         ),
         (
