@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 
+from benchmarks.reproduce_small import agreement
 from benchmarks.reproduce_small.measures import MAIN, MEASURES
-from benchmarks.reproduce_small.plan import RATES, SELECT_SEED
+from benchmarks.reproduce_small.plan import EQUAL_TIME, ORDER, RATES, SELECT_SEED, SMALLER_STEPS, VARIANTS
 from benchmarks.reproduce_small.runs import ROOT
-from benchmarks.reproduce_small.statement import AGAIN, SUPPORT, about_steps, verdict
+from benchmarks.reproduce_small.statement import AGAIN, SUPPORT
 from benchmarks.reproduce_small.table import render, render_others, render_selection
+from benchmarks.reproduce_small.words import (
+    NAMES,
+    about_cost,
+    about_earlier,
+    about_rates,
+    about_steps,
+    fill,
+    what_came_out,
+)
 from benchmarks.results import read
 
 FIRST = {  # what the first run's file does not say
@@ -18,56 +27,72 @@ FIRST = {  # what the first run's file does not say
     "documents": 24,
     "jobs": 1,
 }
+SFT_ARMS = (EQUAL_TIME, SMALLER_STEPS)
+Run = tuple[str, dict]  # path from the project's root, contents
 
 
 def write() -> None:
     """The page and its picture."""
-    path, contents = recorded()[-1]
-    (ROOT / "docs" / "reproduce_small.md").write_text(page(path, contents), encoding="utf-8")
-    draw(contents["table"], ROOT / "docs" / "reproduce_small.png")
+    runs = recorded()
+    (ROOT / "docs" / "reproduce_small.md").write_text(page(runs), encoding="utf-8")
+    draw([contents["table"] for _, contents in runs], ROOT / "docs" / "reproduce_small.png")
     print("wrote docs/reproduce_small.md, docs/reproduce_small.png")
 
 
-def recorded() -> list[tuple[str, dict]]:
-    """The files of these comparisons with their paths, oldest first; those that chose no rates were others."""
-    found = [(path, FIRST | contents) for path, contents in read("reproduce_small")]
-    return [(path, contents) for path, contents in found if "select" in contents["table"]]
+def recorded() -> list[Run]:
+    """The newest file from seed 0 and, if there is one, the newest from another seed."""
+    found = {}
+    for path, contents in read("reproduce_small"):
+        if "select" in contents["table"]:  # else it was another comparison: ``earlier``
+            contents = FIRST | contents
+            found[contents["first_seed"] > 0] = (path, contents)
+    return [found[again] for again in sorted(found)]
 
 
-def page(path: str, contents: dict) -> str:
-    """The page of a results file."""
-    table = contents["table"]
+def earlier() -> Run:
+    """The comparison of a model that found no needle."""
+    return next((path, one) for path, one in read("reproduce_small") if "select" not in one["table"])
+
+
+def page(runs: list[Run]) -> str:
+    """All of it."""
+    tables = [contents["table"] for _, contents in runs]
+    variants = [table for table in tables if set(VARIANTS[1:]) & set(table["refine_minus"])]
     return PAGE.format(
         support=SUPPORT.format(rates=", ".join(f"{rate:g}" for rate in RATES), seed=SELECT_SEED),
         again=AGAIN,
-        verdict=fill(verdict(table)),
-        table=render(table),
-        others=render_others(table),
-        steps=fill(about_steps(table)),
-        selection=render_selection(table["select"]),
-        samples=2 * contents["prompts"]["2"],
-        counts=", ".join(map(str, contents["prompts"].values())),
-        documents=contents["documents"],
-        date=contents["date"],
-        processor=contents["machine"]["processor"],
-        jobs=contents["jobs"],
-        minutes=f"{table['minutes']:.0f}",
-        torch=contents["versions"]["torch"],
-        file=path,
-        not_run=fill("Planned and not run: " + ("; ".join(table["not_run"]) or "nothing") + "."),
+        out="\n\n".join(what_came_out(*run) for run in _named(runs)),
+        together=TOGETHER.format(
+            words=fill(agreement.in_words(*tables)),
+            counts=agreement.render_counts(*tables),
+            pair=agreement.render_pair(*tables),
+        )
+        if len(tables) == 2
+        else "",
+        tables="\n\n".join(f"### {name}\n\n{render(one['table'])}" for name, (_, one) in _named(runs)),
+        others="\n\n".join(
+            f"{name}:\n\n{render_others(one['table'], SFT_ARMS)}" for name, (_, one) in _named(runs)
+        ),
+        cost=fill(about_cost(tables)),
+        steps="\n\n".join(fill(f"{name}: {about_steps(one['table'])}") for name, (_, one) in _named(runs)),
+        variants=render_others(variants[-1], VARIANTS) if variants else "Not run yet.",
+        selection="\n\n".join(
+            f"{name}:\n\n{render_selection(one['table']['select'])}" for name, (_, one) in _named(runs)
+        ),
+        rates=fill(about_rates(tables)),
+        earlier=fill(about_earlier(*earlier())),
     )
 
 
-def fill(text: str) -> str:
-    """Lines of at most 116 characters."""
-    return textwrap.fill(text, 116, break_long_words=False, break_on_hyphens=False)
+def _named(runs: list[Run]) -> list[tuple[str, Run]]:
+    return list(zip(NAMES, runs))
 
 
 PAGE = """# SFT and REFINE from one small model
 
 Written by `make reproduce-small` (`python -m benchmarks.reproduce_small --record`); what it does stands
 there; `--page` writes this page again from the results files alone. From the package's tiny model, which finds
-needles, on sequences of 1,024 tokens.
+needles, on sequences of 1,024 tokens. The second run is `--first_seed 5`.
 
 ## What would count as support
 
@@ -83,20 +108,16 @@ then.
 
 ## What came out
 
-{verdict}
-
-The interval is over {samples} prompts and the seeds, item by item. {date}; {minutes} minutes of all runs
-together, {jobs} at a time of one thread each, on {processor}, torch {torch} ([file](../{file})).
-
-{not_run}
+{out}
+{together}
+## All arms
 
 Columns of REFINE and of "SFT, REFINE's time" (which takes as many more updates as REFINE's take time) are
 differences from SFT of equal updates, those of plain text from SFT on plain text; item by item, with 95 %
 intervals over items and seeds; bold where the interval leaves 0 out. Few seeds make such intervals somewhat too
-narrow. Found: greedy decoding begins with the right number. {counts} prompts a task at 1,024, 2,048 and 4,096
-tokens; {documents} held-out documents.
+narrow. Found: greedy decoding begins with the right number.
 
-{table}
+{tables}
 
 ![differences from SFT](reproduce_small.png)
 
@@ -104,62 +125,73 @@ tokens; {documents} held-out documents.
 
 {others}
 
-Added after the main pair had been looked at, so it decides nothing. These 50 updates cost the model needles at
-twice the training length (the model before stands in the first column), and gradients are clipped to a norm of
-1 in sum and divided by their own size in AdamW. The policy gradient adds to that size (in the main runs mean
-norms of 1.7 for 1.4), so REFINE moves about 0.8 times as far along the next-token loss as SFT does. SFT at 0.8
-times its rate shows how much of a difference such a smaller step makes by itself.
+{cost}
 
 {steps}
+
+## Positions, reward, chunks
+
+{variants}
+
+REFINE with positions by entropy, the cosine reward and c = 8, minus REFINE with one of these changed.
 
 ## Learning rates
 
 {selection}
 
-Each side from one run of its own; the bold rate has the fewest nats of the right answers. The lowest rate tried
-was best for both; with the larger ones fewer needles are found. Whether a still lower one would be better was
-not asked.
+{rates}
 
 ## Tried before
 
-An older model that found no needle, 160 updates at 1e-4 on text half of which was recall documents, three seeds
-(2026-11-24, [file](../benchmarks/results/reproduce_small_cpu_20261124_0414.json)): REFINE read more random
-tokens again than SFT (+0.022, +0.019, +0.006 after 32, 64, 128), gave a needle's answer fewer nats (-0.049 at
-1,024, -0.037 at 2,048 tokens of prose, neither certain), and was 0.0033 nats worse in held-out loss; with c =
-32 all of that was larger, and the loss no worse. Before the statement was written, one SFT run of 40 updates at
-3e-4 on each of two texts (half needle documents, half recall documents; 32 other needles) was looked at to
-choose the text; no REFINE run had been made.
+{earlier}
+"""
+TOGETHER = """
+## Both runs together
+
+{words}
+
+{counts}
+
+{pair}
 """
 
 
-def draw(table: dict, path: Path) -> None:
-    """Differences from SFT in units of SFT's own change from the model before would divide by noise; so each
-    measure is drawn in the standard error of its difference: beyond the grey band the interval leaves 0 out."""
+def draw(tables: list[dict], path: Path) -> None:
+    """A panel a run: each difference in its standard error; beyond the grey band the interval leaves 0 out. (In
+    units of SFT's own change from the model before one would divide by noise.)"""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = table["measures"]
-    arms = [arm for arm in table["arms"] if "difference" in rows[arm][MAIN]]
     names = list(MEASURES)
-    figure, axes = plt.subplots(figsize=(9, 0.32 * len(names) + 1.6), layout="constrained")
-    axes.axvspan(-1.96, 1.96, color="0.92", zorder=0)
-    axes.axvline(0, color="0.5", linewidth=0.8)
-    for place, arm in enumerate(arms):
-        at, values = [], []
-        for row, name in enumerate(names):
-            one, sign = rows[arm][name], MEASURES[name][1]
-            low, high = one["interval"]
-            error = (high - low) / 3.92
-            if error > 0:
-                at.append(row + (place - (len(arms) - 1) / 2) * 0.14)
-                values.append(sign * one["difference"] / error)
-        axes.plot(values, at, "os^DvP"[place % 6], markersize=4, label=arm)
-    axes.set_yticks(range(len(names)), [MEASURES[name][0] for name in names], fontsize=8)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlabel("better than SFT on the same text, in standard errors of the difference")
-    axes.grid(axis="y", color="0.95")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=120)
+    size = (9 if len(tables) == 1 else 14, 0.32 * len(names) + 1.6)
+    figure, panels = plt.subplots(
+        1, len(tables), figsize=size, layout="constrained", sharey=True, squeeze=False
+    )
+    drawn = [
+        arm
+        for arm in ORDER
+        if any("difference" in one["measures"].get(arm, {}).get(MAIN, {}) for one in tables)
+    ]
+    for axes, table, title in zip(panels[0], tables, NAMES):
+        axes.axvspan(-1.96, 1.96, color="0.92", zorder=0)
+        axes.axvline(0, color="0.5", linewidth=0.8)
+        for place, arm in enumerate(drawn):
+            at, values = [], []
+            for row, name in enumerate(names):
+                one = table["measures"].get(arm, {}).get(name, {})
+                low, high = one.get("interval", (0, 0))
+                if high > low:
+                    at.append(row + (place - (len(drawn) - 1) / 2) * 0.12)
+                    values.append(MEASURES[name][1] * one["difference"] / (high - low) * 3.92)
+            axes.plot(values, at, "os^DvPX"[place], markersize=4, linestyle="", label=arm)
+        axes.set_yticks(range(len(names)), [MEASURES[name][0] for name in names], fontsize=8)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_title(title.lower(), fontsize=9)
+        axes.set_xlabel("better than SFT on the same text, in standard errors of the difference", fontsize=8)
+        axes.grid(axis="y", color="0.95")
+    handles, labels = panels[0, -1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.reproduce_small.measures import MAIN, TASKS
-from benchmarks.reproduce_small.plan import EQUAL_TIME, LENGTH, SMALLER_STEPS
+from benchmarks.reproduce_small.measures import MAIN
+from benchmarks.reproduce_small.plan import EQUAL_TIME, LENGTH
 
 SUPPORT = """The claim under test: beside the next-token loss, next-sequence prediction makes a fast-weight
 model use a long context better than the same training without it. The main comparison is REFINE (c = 8, cosine
@@ -22,9 +22,9 @@ The other rows are there to be read beside it and decide nothing: of so many, on
 chance. A gain in needles that comes with a held-out loss worse by over 0.02 nats is reported as a trade, not as
 support.
 
-The learning rate of either side is the one of {rates} with the fewest nats a token of the right answers: 32
-needles a task at 2,048 tokens, other than those measured, one run of seed {seed} and as many updates as the
-arms."""
+The learning rate of either side is the one of {rates} with the fewest nats a token of the right
+answers: 32 needles a task at 2,048 tokens, other than those measured, one run of seed {seed} and as many updates
+as the arms."""
 AGAIN = """\
 Written and committed before the second run began, and after the first one's results had been seen. It has
 seeds 5 to 9, other needles, other held-out documents, other random tokens, and learning rates chosen anew (seed
@@ -42,36 +42,6 @@ first run did not reach come right after the main pair and SFT for REFINE's time
   the same side: those were found twice.
 - Pooled differences (means of the two runs weighted by their seeds, with standard errors from both intervals) are
   estimates and no verdict, as the second run was planned when the first was known."""
-
-
-def about_steps(table: dict) -> str:
-    """What the control says, in words."""
-    names = [f"{task}_2x_nats" for task in TASKS]
-    beside = [table["measures"]["REFINE"][name] for name in names]
-    control = [table["refine_minus"].get(SMALLER_STEPS, {}).get(name) for name in names]
-    if not all(control):
-        return "That arm was not run."
-    numbers = f"answers at {2 * LENGTH:,} tokens cost REFINE " + " and ".join(
-        f"{one['difference']:+.4f} nats beside SFT, {other['difference']:+.4f} beside SFT with the smaller step"
-        for one, other in zip(beside, control)
-    )
-    if all(other["interval"][0] > 0 for other in control):
-        says = (
-            "SFT with the smaller step gives the answers more probability than REFINE does, so a smaller step is "
-            "enough to explain REFINE's gain"
-        )
-    elif all(other["interval"][1] < 0 for other in control):
-        says = "REFINE gives the answers more probability than SFT with the smaller step does, too"
-    else:
-        says = "REFINE and SFT with the smaller step cannot be told apart"
-    text = f"{says}: {numbers} ({', '.join(TASKS)})."
-    longer = table["measures"].get(EQUAL_TIME, {}).get(MAIN, {}).get("difference", 0)
-    if longer < 0:
-        text += (
-            f" SFT for REFINE's time makes more of these updates and finds {-100 * longer:.1f} points fewer "
-            "needles than SFT; that REFINE is ahead of it is therefore no sign of a better use of the context."
-        )
-    return text
 
 
 def verdict(table: dict) -> str:

@@ -87,9 +87,9 @@ def render(table: dict) -> str:
     return "\n".join(lines)
 
 
-def render_others(table: dict) -> str:
-    """Markdown: REFINE minus the other arms of SFT, where they are there."""
-    others = {arm: one for arm, one in table["refine_minus"].items() if arm not in VARIANTS}
+def render_others(table: dict, arms: tuple[str, ...]) -> str:
+    """Markdown: REFINE minus some of the arms, where they are there."""
+    others = {arm: one for arm, one in table["refine_minus"].items() if arm in arms}
     if not others:
         return "Nothing to compare."
     names = [MAIN, *(f"{task}_{scale}x_nats" for scale in NEEDLES for task in TASKS), "loss", "loss_2x"]

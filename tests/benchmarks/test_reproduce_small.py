@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from benchmarks.reproduce_small import measures, page, plan, table
-from benchmarks.reproduce_small.__main__ import parse
+from benchmarks.reproduce_small import measures, plan, table
 from benchmarks.reproduce_small.measures import MAIN
 from benchmarks.reproduce_small.plan import EQUAL_TIME
 from benchmarks.reproduce_small.statement import verdict
@@ -115,16 +112,6 @@ def test_the_verdict_is_what_the_statement_says(gain, noise, time_gain, says):
     assert says in verdict(summarize(found + longer, dict.fromkeys(plan.ORDER, 1.0)))
 
 
-def test_the_page_has_a_place_for_everything():
-    """A field that the page lacks, or that nothing fills, would only show after an hour of runs."""
-    from string import Formatter
-
-    assert {name for _, name, _, _ in Formatter().parse(page.PAGE) if name} == {
-        "support", "verdict", "table", "others", "steps", "selection", "samples", "date", "processor",
-        "jobs", "minutes", "torch", "file", "not_run", "counts", "documents", "again",
-    }  # fmt: skip
-
-
 def test_questions_from_one_reading_are_those_of_whole_prompts(monkeypatch, tmp_path):
     """The answer's nats, of four questions that go on from one state and of four prompts read from the start."""
     import torch
@@ -160,40 +147,3 @@ def test_every_arm_is_a_setting_of_training():
     known = set(TrainSettings.__dataclass_fields__)
     for settings in (plan.COMMON, *plan.ARMS.values()):
         assert set(settings) <= known
-
-
-def test_another_first_seed_shares_nothing_with_the_first():
-    """Seeds of the arms and of the choice, prompts, documents, folders."""
-    rates = dict.fromkeys(("SFT", "REFINE"), 1e-4)
-    ratios = {"REFINE": 1.4}
-    first, second = (
-        {*plan.arms(options, rates, ratios), *plan.selection(options).values(), plan.before(options)}
-        for options in (parse([]), parse(["--first_seed", "5"]))
-    )
-    assert len(first) == len(second)
-    assert not {job.seed for job in first if job.steps} & {job.seed for job in second if job.steps}
-    root = Path()
-    assert not {job.folder(root) for job in first} & {job.folder(root) for job in second}
-
-
-def test_documents_of_the_first_and_of_a_second_run_are_apart():
-    from transformers import AutoTokenizer
-
-    from refine.prepare import packaged_model
-
-    tokenizer = AutoTokenizer.from_pretrained(packaged_model())
-    sets = [
-        {tuple(row) for row in measures._documents(tokenizer, first_seed, separate).tolist()}
-        for first_seed in (0, 5)
-        for separate in (False, True)
-    ]
-    assert [len(one) for one in sets] == [measures.DOCUMENTS] * 4
-    assert len(set.union(*sets)) == 4 * measures.DOCUMENTS
-
-
-def test_arms_that_were_never_run_come_before_the_control():
-    jobs = plan.arms(parse(["--arms", *plan.ORDER]), dict.fromkeys(("SFT", "REFINE"), 1e-4), {"REFINE": 1.4})
-    arms = list(dict.fromkeys(job.arm for job in jobs))
-    assert arms[:3] == ["SFT", "REFINE", EQUAL_TIME]
-    assert set(arms[-2:]) == {plan.SMALLER_STEPS, "REFINE, c = 32"}
-    assert jobs[1].arm == "REFINE" and jobs[1].seed == jobs[0].seed
