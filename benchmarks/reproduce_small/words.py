@@ -25,7 +25,8 @@ def what_came_out(name: str, run: tuple[str, dict]) -> str:
         f"torch {contents['versions']['torch']} ([file](../{path})). "
         f"Planned and not run: {'; '.join(table['not_run']) or 'nothing'}."
     )
-    head = f"**{name}** (seeds {first} to {first + contents['seeds'] - 1})."
+    seeds = len(table["measures"]["REFINE"][MAIN]["differences"])
+    head = f"**{name}** (seeds {first} to {first + seeds - 1})."
     return f"{fill(f'{head} {verdict(table)}')}\n\n{fill(made)}"
 
 
