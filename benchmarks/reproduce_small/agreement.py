@@ -5,6 +5,8 @@ from __future__ import annotations
 from benchmarks.reproduce_small.measures import MAIN, MEASURES
 from benchmarks.reproduce_small.table import cell, label
 
+COUNTS = ("overlap", "inside", "sure", "twice")
+
 
 def pooled(*ones: dict) -> dict:
     """The mean of differences weighted by their seeds; its interval from the intervals as standard errors."""
@@ -18,7 +20,7 @@ def counted(first: dict[str, dict], second: dict[str, dict]) -> dict[str, int]:
     """Of rows that both have with intervals of some width: how many overlap; how many of the second's differences
     lie in the first's interval; how many of the first's leave 0 out, and the second's on the same side."""
     names = [name for name in MEASURES if _error(first[name]) > 0 and _error(second[name]) > 0]
-    found = dict.fromkeys(("rows", "overlap", "inside", "sure", "twice"), 0)
+    found = dict.fromkeys(("rows", *COUNTS), 0)
     for name in names:
         (low, high), (other_low, other_high) = first[name]["interval"], second[name]["interval"]
         found["rows"] += 1
@@ -37,7 +39,7 @@ def both(first: dict, second: dict) -> dict[str, tuple[dict, dict]]:
 
 
 def in_words(first: dict, second: dict) -> str:
-    """The main comparison of either run and of both."""
+    """The main comparison of either run and of both, and how many rows agree beside what was expected."""
     pair = [table["measures"]["REFINE"][MAIN] for table in (first, second)]
     (low, high), (other_low, other_high) = (one["interval"] for one in pair)
     says = (
@@ -47,8 +49,30 @@ def in_words(first: dict, second: dict) -> str:
     points = " to ".join(f"{100 * end:+.2f}" for end in together["interval"])
     return (
         f"The intervals of the main comparison {says}. Pooled, REFINE minus SFT is "
-        f"{100 * together['difference']:+.2f} points of needles found ({points})."
+        f"{100 * together['difference']:+.2f} points of needles found ({points}). {_rows_in_words(first, second)}"
     )
+
+
+def _rows_in_words(first: dict, second: dict) -> str:
+    counts = {arm: counted(*pair) for arm, pair in both(first, second).items()}
+    refine, total = counts["REFINE"], _sum(counts)
+    shares = {name: total[name] / max(1, total["rows"]) for name in ("overlap", "inside")}
+    text = (
+        f"Of {refine['rows']} rows of REFINE minus SFT the intervals overlap in {refine['overlap']} (expected "
+        f"99.4 %), and the second run's difference lies in the first's interval in {refine['inside']} (83 %); of "
+        f"{refine['sure']} rows that left 0 out in the first run {refine['twice']} were found twice. Of the "
+        f"{total['rows']} rows of all arms that both runs have it is {100 * shares['overlap']:.0f} % and "
+        f"{100 * shares['inside']:.0f} %"
+    )
+    if shares["overlap"] < 0.994 and shares["inside"] < 0.83:
+        text += (
+            ", fewer than expected: an interval of one to three seeds knows too little of how seeds differ"
+        )
+    return f"{text}."
+
+
+def _sum(counts: dict[str, dict[str, int]]) -> dict[str, int]:
+    return {name: sum(one[name] for one in counts.values()) for name in ("rows", *COUNTS)}
 
 
 def render_counts(first: dict, second: dict) -> str:
@@ -58,13 +82,12 @@ def render_counts(first: dict, second: dict) -> str:
         "| first's leaves 0 out | of these, found twice |",
         "|---" * 7 + "|",
     ]
-    total = dict.fromkeys(("rows", "overlap", "inside", "sure", "twice"), 0)
-    for arm, pair in both(first, second).items():
-        count = counted(*pair)
-        total = {name: total[name] + count[name] for name in total}
+    pairs = both(first, second)
+    counts = {arm: counted(*pair) for arm, pair in pairs.items()}
+    for arm, pair in pairs.items():
         seeds = " / ".join(str(len(one[MAIN]["differences"])) for one in pair)
-        lines.append(_counts(arm, seeds, count))
-    lines.append(_counts("all", "", total))
+        lines.append(_counts(arm, seeds, counts[arm]))
+    lines.append(_counts("all", "", _sum(counts)))
     return "\n".join(lines)
 
 

@@ -167,7 +167,7 @@ def draw(tables: list[dict], path: Path) -> None:
     names = list(MEASURES)
     size = (9 if len(tables) == 1 else 14, 0.32 * len(names) + 1.6)
     figure, panels = plt.subplots(
-        1, len(tables), figsize=size, layout="constrained", sharey=True, squeeze=False
+        1, len(tables), figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
     )
     drawn = [
         arm

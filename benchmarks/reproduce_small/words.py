@@ -54,7 +54,7 @@ def about_steps(table: dict) -> str:
     beside = [table["measures"]["REFINE"][name] for name in names]
     control = [table["refine_minus"].get(SMALLER_STEPS, {}).get(name) for name in names]
     if not all(control):
-        return "That arm was not run."
+        return "SFT at 0.8 times its rate was not run."
     numbers = f"answers at {2 * LENGTH:,} tokens cost REFINE " + " and ".join(
         f"{one['difference']:+.4f} nats beside SFT, {other['difference']:+.4f} beside SFT with the smaller step"
         for one, other in zip(beside, control)
