@@ -5,16 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks import reproduce_small
-from benchmarks.reproduce_small import EQUAL_TIME, MAIN, interval, render, summarize, verdict
+from benchmarks.reproduce_small import measures, plan, table
+from benchmarks.reproduce_small.measures import MAIN
+from benchmarks.reproduce_small.plan import EQUAL_TIME
+from benchmarks.reproduce_small.statement import verdict
+from benchmarks.reproduce_small.table import interval, render, summarize
 
 ITEMS = 60
-MEASURES = {name: reproduce_small.MEASURES[name] for name in (MAIN, "loss", "copy_32")}
+MEASURES = {name: measures.MEASURES[name] for name in (MAIN, "loss", "copy_32")}
 
 
 @pytest.fixture(autouse=True)
 def _few_measures(monkeypatch):
-    monkeypatch.setattr(reproduce_small, "MEASURES", MEASURES)
+    monkeypatch.setattr(table, "MEASURES", MEASURES)
 
 
 def runs(gain: float = 0.0, noise: float = 0.0, seeds: int = 3, arms=("REFINE",)) -> list[dict]:
@@ -81,14 +84,14 @@ def test_seeds_are_compared_with_themselves():
 
 def test_plain_text_is_compared_with_plain_text():
     found = runs(gain=0.02, arms=("SFT, plain text", "REFINE, plain text"))
-    rows = summarize(found, dict.fromkeys(reproduce_small.ORDER, 1.0))["measures"]
+    rows = summarize(found, dict.fromkeys(plan.ORDER, 1.0))["measures"]
     assert rows["REFINE, plain text"]["loss"]["difference"] == pytest.approx(0)
     assert "difference" not in rows["SFT, plain text"]["loss"]
 
 
 def test_refine_is_compared_with_the_other_arms_of_sft():
     found = runs(gain=0.02, arms=("REFINE", EQUAL_TIME))
-    table = summarize(found, dict.fromkeys(reproduce_small.ORDER, 1.0))
+    table = summarize(found, dict.fromkeys(plan.ORDER, 1.0))
     assert table["refine_minus"][EQUAL_TIME][MAIN]["differences"] == pytest.approx([0, 0, 0])
 
 
@@ -106,17 +109,7 @@ def test_refine_is_compared_with_the_other_arms_of_sft():
 def test_the_verdict_is_what_the_statement_says(gain, noise, time_gain, says):
     found = runs(gain=gain, noise=noise)
     longer = [one | {"arm": EQUAL_TIME} for one in runs(gain=time_gain) if one["arm"] == "REFINE"]
-    assert says in verdict(summarize(found + longer, dict.fromkeys(reproduce_small.ORDER, 1.0)))
-
-
-def test_the_page_has_a_place_for_everything():
-    """A field that the page lacks, or that nothing fills, would only show after an hour of runs."""
-    from string import Formatter
-
-    assert {name for _, name, _, _ in Formatter().parse(reproduce_small.PAGE) if name} == {
-        "support", "verdict", "table", "others", "steps", "selection", "samples", "date", "processor",
-        "jobs", "minutes", "torch", "file", "not_run", "counts", "documents",
-    }  # fmt: skip
+    assert says in verdict(summarize(found + longer, dict.fromkeys(plan.ORDER, 1.0)))
 
 
 def test_questions_from_one_reading_are_those_of_whole_prompts(monkeypatch, tmp_path):
@@ -128,15 +121,16 @@ def test_questions_from_one_reading_are_those_of_whole_prompts(monkeypatch, tmp_
     from refine.models.head import SampleToken
     from refine.prepare import packaged_model
 
-    monkeypatch.setattr(reproduce_small, "TASKS", ("niah_multikey_1",))
+    monkeypatch.setattr(measures, "TASKS", ("niah_multikey_1",))
     path = packaged_model()
     model, tokenizer = load_model(path, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(path)
-    prompts = reproduce_small._prompts(tokenizer, tmp_path / "prompts.pt", {1: 1}, seed=0)
-    assert reproduce_small._prompts(tokenizer, tmp_path / "prompts.pt", {1: 1}, seed=0) == prompts
+    prompts = measures._prompts(tokenizer, tmp_path, {1: 1}, seed=0)
+    assert measures._prompts(tokenizer, tmp_path, {1: 1}, seed=0) == prompts
+    assert measures._prompts(tokenizer, tmp_path, {1: 1}, seed=10) != prompts
     ((shared, questions),) = prompts["niah_multikey_1_1x"]
     whole = []
     with torch.no_grad():
-        nats = reproduce_small._needles(model, prompts)["niah_multikey_1_1x_nats"]
+        nats = measures._needles(model, prompts)["niah_multikey_1_1x_nats"]
         for rest, answer in questions:
             ids = torch.tensor([[*shared, *rest, *answer]])
             head = SampleToken(temperature=0.0, targets=ids[:, 1:])
@@ -151,5 +145,5 @@ def test_every_arm_is_a_setting_of_training():
     from refine.training.settings import TrainSettings
 
     known = set(TrainSettings.__dataclass_fields__)
-    for settings in (reproduce_small.COMMON, *reproduce_small.ARMS.values()):
+    for settings in (plan.COMMON, *plan.ARMS.values()):
         assert set(settings) <= known
