@@ -113,7 +113,6 @@ def backward(
     cu_seqlens: torch.Tensor | None,  # [N + 1]
     checkpoints: torch.Tensor,  # [checkpoint_count, B, HV, K, V]
     kept: torch.Tensor,  # [kept_count]
-    o: torch.Tensor | None,
     d_o: torch.Tensor | None,  # [B, T, HV, V]
     d_final: torch.Tensor | None,  # [N, HV, K, V]
     d_states: torch.Tensor | None,  # [N, ceil(longest / state_stride), HV, K, V]

@@ -216,7 +216,6 @@ class BackwardCall(NamedTuple):
     cu_seqlens: torch.Tensor | None  # [N + 1]
     checkpoints: torch.Tensor  # [checkpoint_count, B, HV, K, V]
     kept: torch.Tensor  # [kept_count]
-    o: torch.Tensor | None  # [B, T, HV, V], where the backend needs it
     d_o: torch.Tensor | None  # [B, T, HV, V]
     d_final: torch.Tensor | None  # [N, HV, K, V]
     d_states: torch.Tensor | None  # [N, ceil(longest / state_stride), HV, K, V]
@@ -282,9 +281,8 @@ def _chunk_backward_op(call: BackwardCall) -> tuple[torch.Tensor, ...]:
 
 
 def _save(ctx, call: Call, output: tuple[torch.Tensor, ...]) -> None:
-    o, _, _, checkpoints, kept = output
-    needs_o = call.l2norm and call.backend == "triton"
-    ctx.save_for_backward(*call[: len(INPUTS)], checkpoints, kept, o if needs_o else None)
+    *_, checkpoints, kept = output
+    ctx.save_for_backward(*call[: len(INPUTS)], checkpoints, kept)
     ctx.settings = (call.scale, call.l2norm, call.state_stride, call.backend)
     ctx.returned = (call.output_final_state, call.state_stride)
 

@@ -25,7 +25,7 @@ class Tile(NamedTuple):
 
 
 class GradientTile(NamedTuple):
-    """How ``gradient_kernel`` is cut: columns of K a program owns, columns of V at a time; warps and loads in
+    """How ``gradient_kernel`` is cut: columns of K at a time, at least half of them, and of V; warps and loads in
     flight."""
 
     bk: int
@@ -47,22 +47,21 @@ class Tiles(NamedTuple):
 
 
 @functools.cache
-def choose_tiles(
-    kd: int, vd: int, itemsize: int, gated: bool, *, few: bool = False, tensor_memory: bool = False
-) -> Tiles:
-    """The tiles for head sizes ``kd`` and ``vd``, ``itemsize`` bytes a number, with or without decay, ``few`` rows
-    x heads (too few to occupy a GPU by themselves). Chips with ``tensor_memory`` (Blackwell) hold products of 64
-    rows there, and it has no room for all of gradient_kernel's: Triton then compiles a trap."""
+def choose_tiles(kd: int, vd: int, itemsize: int, *, few: bool = False, tensor_memory: bool = False) -> Tiles:
+    """The tiles for head sizes ``kd`` and ``vd``, ``itemsize`` bytes a number, ``few`` rows x heads (too few to
+    occupy a GPU by themselves). Chips with ``tensor_memory`` (Blackwell) hold products of 64 rows there, and it has
+    no room for all of gradient_kernel's: Triton then compiles a trap."""
     bk, whole = block(kd), block(vd)
+    at_once = bk if bk <= 64 else bk // 2
     if tensor_memory or max(bk, whole) > 128 or (itemsize > 2 and max(bk, whole) > 64):
         bv = min(whole, 16 if bk > 128 else 32)
         tile = Tile(bv, 4, 1)
-        return Tiles(32, tile, tile, tile, tile, tile, GradientTile(min(bk, 64), bv, 4, 1))
+        return Tiles(32, tile, tile, tile, tile, tile, GradientTile(at_once, bv, 4, 1))
     large = bk == 128
     scan = Tile(min(whole, 32 if large or few else 64), 4, 2)
     alone = Tile(scan.bv, 4, 1)
     # Four warps: a product of 64 rows stays in one warpgroup, two programs fit a multiprocessor, half the barriers
-    gradient = GradientTile(min(bk, 64), min(whole, 64 if gated else 32), 4, 1)
+    gradient = GradientTile(at_once, min(whole, 64), 4, 1)
     return Tiles(64, alone, scan, scan, alone, Tile(min(whole, 64), 4, 2), gradient)
 
 

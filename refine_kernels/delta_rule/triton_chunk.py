@@ -9,8 +9,7 @@ two launches: ``inverse_kernel`` (all chunks at once) writes the unit lower tria
 the decays, ``scan_kernel`` (chunk after chunk, one program per head and block of V) keeps S on the chip and emits
 O and, for the backward, U. It keeps the state before every group of chunks. Backward: ``states_kernel`` (all groups
 at once) works out the state before every chunk again, ``reverse_kernel`` (from the last chunk to the first) writes
-dR' and the dS' that arrives at each chunk, ``gradient_kernel`` (all chunks at once, by columns of K) writes dq, dk,
-dv and shares of dbeta and dg, summed at the end.
+dR' and the dS' that arrives at each chunk, ``gradient_kernel`` (all chunks at once) the gradients.
 
 Where rows x heads leave a chip mostly empty, sequences are split into spans (``tiles.span_tokens``), two launches
 more each way: one maps what every span does to a state (``maps``), ``join_kernel`` goes from span to span, and then
@@ -69,7 +68,7 @@ def forward(
     """``(o, final_state, states, checkpoints, kept)``, what is not asked for with length 0; as
     ``chunked.forward``. ``kept`` holds the running sums of g, norms, U and M."""
     q, k, v, beta, g, initial_state, cu_seqlens = _contiguous(q, k, v, beta, g, initial_state, cu_seqlens)
-    plan = _plan(q, v, g is not None, l2norm, cu_seqlens)
+    plan = _plan(q, v, l2norm, cu_seqlens)
     b, _, h, vd = v.shape
     kd = q.shape[-1]
     most = 0
@@ -123,7 +122,6 @@ def backward(
     cu_seqlens: torch.Tensor | None,  # [N + 1]
     checkpoints: torch.Tensor,  # [checkpoint_count, B, HV, K, V]
     kept: torch.Tensor,  # [kept_count]
-    o: torch.Tensor | None,  # [B, T, HV, V], with l2norm
     d_o: torch.Tensor | None,  # [B, T, HV, V]
     d_final: torch.Tensor | None,  # [N, HV, K, V]
     d_states: torch.Tensor | None,  # [N, ceil(longest / state_stride), HV, K, V]
@@ -134,10 +132,10 @@ def backward(
     """Gradients of q, k, v, beta, g (length 0 without g) and of the initial state [N, HV, K, V]."""
     if d_o is None:
         d_o = torch.zeros_like(v)
-    q, k, v, beta, g, cu_seqlens, o, d_o, d_final, d_states = _contiguous(
-        q, k, v, beta, g, cu_seqlens, o, d_o, d_final, d_states
+    q, k, v, beta, g, cu_seqlens, d_o, d_final, d_states = _contiguous(
+        q, k, v, beta, g, cu_seqlens, d_o, d_final, d_states
     )
-    plan = _plan(q, v, g is not None, l2norm, cu_seqlens)
+    plan = _plan(q, v, l2norm, cu_seqlens)
     b, _, h, vd = v.shape
     kd = q.shape[-1]
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
@@ -172,20 +170,17 @@ def backward(
     )  # fmt: skip
 
     tile = plan.tiles.gradient
-    blocks = ceil_div(kd, tile.bk)
-    sums = q.new_empty(blocks, 1 if g is None else 2, *beta.shape, dtype=torch.float32)
+    sums = q.new_empty(1 if g is None else 2, *beta.shape, dtype=torch.float32)
     by_value_heads = [dq, dk]
     if plan.repeat > 1:
         by_value_heads = [q.new_empty(*v.shape[:3], kd, dtype=torch.float32) for _ in by_value_heads]
     plan.launch(
-        gradient_kernel, plan.chunks * h * blocks, tile, q=q, k=k, v=v, o=o if l2norm else None, u=u, beta=beta,
+        gradient_kernel, plan.chunks * h, tile, q=q, k=k, v=v, u=u, beta=beta,
         decays=decays, norms=norms, d_o=d_o, d_r=d_r, chunk_states=chunk_states, d_chunk_states=d_chunk_states,
         dq=by_value_heads[0], dk=by_value_heads[1], dv=dv, sums=sums, owners=plan.chunk_owners, scale=scale,
-        SHARE=sums.stride(0),
     )  # fmt: skip
     if plan.repeat > 1:
         dq, dk = (x.unflatten(2, (-1, plan.repeat)).sum(3).to(q.dtype) for x in by_value_heads)
-    sums = sums.sum(0)
     dbeta = sums[0].to(beta.dtype, copy=True)  # results of an operator share no memory
     dg = q.new_empty(0) if g is None else sums[1].to(g.dtype, copy=True)
     return dq, dk, dv, dbeta, dg, d_initial
@@ -214,7 +209,7 @@ def kept_count(q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None) -> int:
     float32 a token and value head; norms, two float32 a token and key head; U [B, T, HV, V] and M [B, T, HV, C]."""
     tensor_memory = has_tensor_memory(q.device)
     kd, vd = int(q.shape[-1]), int(v.shape[-1])
-    tiles = choose_tiles(kd, vd, q.element_size(), g is not None, tensor_memory=tensor_memory)
+    tiles = choose_tiles(kd, vd, q.element_size(), tensor_memory=tensor_memory)
     sums = 0 if g is None else _pairs_count(v)
     rest = v.shape[0] * v.shape[1] * v.shape[2] * (v.shape[-1] + tiles.chunk)
     return sums + _pairs_count(q) + rest + rest % 2  # all of it can be viewed as float32
@@ -296,13 +291,11 @@ def _blocks(tile: Tile | GradientTile) -> dict[str, int]:
     return {name.upper(): size for name, size in tile._asdict().items() if name[0] == "b"}
 
 
-def _plan(
-    q: torch.Tensor, v: torch.Tensor, gated: bool, l2norm: bool, cu_seqlens: torch.Tensor | None
-) -> _Plan:
+def _plan(q: torch.Tensor, v: torch.Tensor, l2norm: bool, cu_seqlens: torch.Tensor | None) -> _Plan:
     (b, tokens, h, vd), kd = v.shape, q.shape[-1]
     rows = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tensor_memory = has_tensor_memory(q.device)
-    tiles = choose_tiles(kd, vd, q.element_size(), gated, few=rows * h < FEW, tensor_memory=tensor_memory)
+    tiles = choose_tiles(kd, vd, q.element_size(), few=rows * h < FEW, tensor_memory=tensor_memory)
     repeat = h // max(q.shape[2], 1)
     chunks, chunk_owners = _places(tokens, b, tiles.chunk, cu_seqlens)
     groups, group_owners = _places(tokens, b, GROUP_TOKENS, cu_seqlens)

@@ -11,6 +11,8 @@ import triton.language as tl
 
 from refine_kernels.delta_rule import triton_parts as parts
 
+SMALL = tl.constexpr(2**-6)  # of beta: below it dbeta is not worked out by dividing by beta
+
 
 @triton.jit(do_not_specialize=["T", "ALL"])
 def states_kernel(
@@ -84,22 +86,131 @@ def states_kernel(
 
 
 @triton.jit
-def _of_block(i_v, o_i, m_t, o_k, m_k, H, V: tl.constexpr, BV: tl.constexpr):
-    """Where block ``i_v`` of columns of V lies, and what of it exists: in tensors of tokens, [BT, BV] each, and in
-    those of states, [BK, BV] each."""
+def _of_tokens(i_v, o_i, m_t, H, V: tl.constexpr, BV: tl.constexpr):
+    """Where block ``i_v`` of columns of V lies in a tensor of tokens, and what of it exists. [BT, BV] each."""
     o_v = i_v * BV + tl.arange(0, BV)
-    m_v = o_v < V
-    o_xv = (o_i * H)[:, None] * V + o_v[None, :]
-    o_s = o_k[:, None] * V + o_v[None, :]
-    return o_xv, m_t[:, None] & m_v[None, :], o_s, m_k[:, None] & m_v[None, :]
+    return (o_i * H)[:, None] * V + o_v[None, :], m_t[:, None] & (o_v < V)[None, :]
 
 
-@triton.jit(do_not_specialize=["T", "ALL", "SHARE"])
+@triton.jit
+def _of_state(i_v, o_k, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
+    """The same of rows ``o_k`` of a state. [BK, BV] each."""
+    o_v = i_v * BV + tl.arange(0, BV)
+    return o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & (o_v < V)[None, :]
+
+
+@triton.jit
+def _columns(x, i_x, o_i, m_t, o_k, H, K: tl.constexpr):
+    """Columns ``o_k`` of a chunk's rows of q or k, [BT, BK]."""
+    m_x = m_t[:, None] & (o_k < K)[None, :]
+    return tl.load(x + i_x * K + ((o_i * H)[:, None] * K + o_k[None, :]), mask=m_x, other=0)
+
+
+@triton.jit
+def _through_state(
+    d, states, i_x, i_s, o_i, m_t, o_k, H, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``d S^T`` for the rows ``o_k`` of a chunk's S, [BT, BK]."""
+    b_x = tl.zeros((o_i.shape[0], o_k.shape[0]), tl.float32)
+    for i_v in range((V + BV - 1) // BV):
+        o_xv, m_tv = _of_tokens(i_v, o_i, m_t, H, V, BV)
+        o_s, m_s = _of_state(i_v, o_k, K, V, BV)
+        b_d = tl.load(d + i_x * V + o_xv, mask=m_tv, other=0)
+        b_s = tl.load(states + i_s + o_s, mask=m_s, other=0)
+        b_x = tl.dot(b_d, tl.trans(b_s), b_x, input_precision=PRECISION)
+    return b_x
+
+
+@triton.jit
+def _sum_of_products(a, b, i_s, o_k, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
+    """``<a, b>`` over the rows ``o_k`` of two states."""
+    sum = 0.0
+    for i_v in range((V + BV - 1) // BV):
+        o_s, m_s = _of_state(i_v, o_k, K, V, BV)
+        b_a = tl.load(a + i_s + o_s, mask=m_s, other=0).to(tl.float32)
+        b_b = tl.load(b + i_s + o_s, mask=m_s, other=0).to(tl.float32)
+        sum += tl.sum(tl.sum(b_a * b_b, 1), 0)
+    return sum
+
+
+@triton.jit
+def _of_dq(
+    q, k, d_o, chunk_states, decays, b_p, i_x, i_xk, i_s, tokens, o_i, o_k, scale, ALL, H, HK, K: tl.constexpr,
+    V: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Columns ``o_k`` of dq [BT, BK], and sums of their rows [BT]: of what came through the state times q, and of
+    all of it times q."""
+    m_t = o_i < tokens
+    b_x = _through_state(d_o, chunk_states, i_x, i_s, o_i, m_t, o_k, H, K, V, BV, PRECISION)
+    b_q = _columns(q, i_xk, o_i, m_t, o_k, HK, K).to(tl.float32)
+    b_k = _columns(k, i_xk, o_i, m_t, o_k, HK, K)
+    b_read = tl.zeros(o_i.shape, tl.float32)
+    if decays is not None:
+        b_high, _, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_i)
+        b_x *= tl.exp(b_high)[:, None]
+        b_read = tl.sum(b_x * b_q, 1)
+    b_x = tl.dot(b_p, b_k, b_x, input_precision=PRECISION) * scale
+    return b_x, b_read, tl.sum(b_x * b_q, 1)
+
+
+@triton.jit
+def _of_dk_written(
+    q, k, u, d_chunk_states, decays, b_p, b_e, i_x, i_xk, i_s, tokens, o_i, o_k, ALL, H, HK, K: tl.constexpr,
+    V: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Columns ``o_k`` of dk where it writes [BT, BK], and sums of their rows [BT]: of what came through the state
+    times k."""
+    m_t = o_i < tokens
+    b_x = _through_state(u, d_chunk_states, i_x, i_s, o_i, m_t, o_k, H, K, V, BV, PRECISION)
+    b_k = _columns(k, i_xk, o_i, m_t, o_k, HK, K)
+    b_q = _columns(q, i_xk, o_i, m_t, o_k, HK, K)
+    b_written = tl.zeros(o_i.shape, tl.float32)
+    if decays is not None:
+        b_high, b_low, high, low = parts.decays(decays, ALL, i_x, H, tokens, o_i)
+        b_x *= tl.exp((high - b_high) + (low - b_low))[:, None]
+        b_written = tl.sum(b_x * b_k.to(tl.float32), 1)
+    b_x = tl.dot(b_p, b_q, b_x, input_precision=PRECISION)
+    b_x = tl.dot(b_e, b_k, b_x, input_precision=PRECISION)
+    return b_x, b_written
+
+
+@triton.jit
+def _with_dk_read(
+    b_x, k, d_r, chunk_states, decays, b_e, b_beta, i_x, i_xk, i_s, tokens, o_i, o_k, ALL, H, HK, K: tl.constexpr,
+    V: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``b_x`` with what dk gets where it reads, and sums of rows [BT]: of what came through the state times k, and
+    of all of it times k."""
+    m_t = o_i < tokens
+    b_y = _through_state(d_r, chunk_states, i_x, i_s, o_i, m_t, o_k, H, K, V, BV, PRECISION)
+    b_k = _columns(k, i_xk, o_i, m_t, o_k, HK, K)
+    if decays is not None:
+        b_high, _, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_i)
+        b_y *= tl.exp(b_high)[:, None]
+    b_read = tl.sum(b_y * b_k.to(tl.float32), 1)
+    b_x -= b_y * b_beta[:, None]
+    b_x = tl.dot(b_e, b_k, b_x, input_precision=PRECISION)
+    return b_x, b_read, tl.sum(b_x * b_k.to(tl.float32), 1)
+
+
+@triton.jit
+def _store_columns(d_x, x, norms, b_x, b_along, b_n, i_x, i_xk, tokens, o_i, o_k, H, HK, K: tl.constexpr):
+    """Columns ``o_k`` of the gradient of rows of x, orthogonal to x where x is normalised; ``b_along``: what all
+    columns of a row have in x's direction, ``<b_x, x>``."""
+    m_t = o_i < tokens
+    if norms is not None:
+        b_x -= _columns(x, i_xk, o_i, m_t, o_k, HK, K).to(tl.float32) * (b_along * b_n * b_n)[:, None]
+        b_x *= b_n[:, None]
+    m_x = m_t[:, None] & (o_k < K)[None, :]
+    tl.store(d_x + i_x * K + ((o_i * H)[:, None] * K + o_k[None, :]), b_x.to(d_x.dtype.element_ty), mask=m_x)
+
+
+@triton.jit(do_not_specialize=["T", "ALL"])
 def gradient_kernel(
     q,  # [B, T, H / REPEAT, K]
     k,  # [B, T, H / REPEAT, K]
     v,  # [B, T, H, V]
-    o,  # [B, T, H, V] or None without norms
     u,  # [B, T, H, V]
     beta,  # [B, T, H]
     decays,  # [2, B, T, H] float32 or None
@@ -111,14 +222,13 @@ def gradient_kernel(
     dq,  # [B, T, H, K], shares of the value heads where several read one q and k
     dk,  # [B, T, H, K]
     dv,  # [B, T, H, V]
-    sums,  # [blocks of K, 1 or, with g, 2, B, T, H] float32, shares of dbeta and dg
+    sums,  # [1 or, with g, 2, B, T, H] float32, dbeta and dg
     cu_seqlens,  # [N + 1] or None
     owners,  # [places of chunks] or None
     scale,
     T,
     H,
     ALL,
-    SHARE,
     REPEAT: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -127,23 +237,22 @@ def gradient_kernel(
     BT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: BK columns of dq and dk of one chunk and head, by blocks of BV columns of V.
+    """One program: one chunk of one head, its K columns in one or TWO blocks of BK, V in blocks of BV.
 
-    With U and the states given, nothing goes along the sequence. All that is summed over V is summed in one loop:
-    ``dO U^T``, ``dR' U^T`` and both transposed (a product's result is never transposed), ``dO S^T``, ``dR' S^T``
-    and ``U dS'^T``. Reads v, o, U, dO, dR' and its rows of S and dS' once, its columns of q and k once; writes its
-    columns of dq and dk, its share of dbeta and dg, and the first program of a chunk dv.
+    With U and the states given, nothing goes along the sequence. ``dO U^T``, ``dR' U^T`` and both transposed (a
+    product's result is never transposed) are worked out first and wait as [BT, BT] in the inputs' dtype; then block
+    by block of K what comes through the states, ``dO S^T``, ``U dS'^T`` and ``dR' S^T``. Reads everything once from
+    memory (U, dO, dR' and S up to four times from the cache) and of v the rows with a small beta alone.
 
-    Rows of dq and dk are made orthogonal to q and k without the other columns: ``<dq_i, q_i> = <dO_i, o_i>``, as
-    o is linear in q, and ``<dk_i, k_i> = <dR'_i, 2 u_i - beta_i v_i>``, as scaling what k_i writes scales u_i and
-    scaling what it reads scales ``u_i - beta_i v_i``.
+    Where q and k are normalised, all columns of a row of dq and dk are here before any is stored, so that what they
+    have along q and k can be taken out. ``dbeta_i = <dR'_i, R_i> + <dA_i, L_i>`` is ``<dR'_i, u_i> / beta_i``, as
+    scaling beta_i scales u_i: used where beta_i does not come near 0.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
-    NK: tl.constexpr = (K + BK - 1) // BK
+    TWO: tl.constexpr = K > BK
     pid = tl.program_id(0)
-    i_k = pid % NK
-    i_h = (pid // NK) % H
-    i_place = pid // NK // H
+    i_h = pid % H
+    i_place = pid // H
     i_n = parts.owner(cu_seqlens, owners, i_place, T, BT)
     begin, length = parts.sequence(cu_seqlens, i_n, T)
     i_c = (i_place - parts.place(cu_seqlens, i_n, begin, T, BT)).to(tl.int32)
@@ -155,130 +264,164 @@ def gradient_kernel(
     HK = H // REPEAT
     i_xk = i_x // REPEAT  # of the key head
     o_i = tl.arange(0, BT)
-    o_k = i_k * BK + tl.arange(0, BK)
+    o_k = tl.arange(0, BK)
     m_t = o_i < tokens
-    m_k = o_k < K
-    m_tk = m_t[:, None] & m_k[None, :]
     dtype = k.dtype.element_ty
     i_s = (i_place.to(tl.int64) * H + i_h) * (K * V)
 
-    o_x = (o_i * HK)[:, None] * K + o_k[None, :]
-    o_y = (o_i * H)[:, None] * K + o_k[None, :]
+    if decays is not None:
+        through = _sum_of_products(chunk_states, d_chunk_states, i_s, o_k, K, V, BV)
+        if TWO:
+            through += _sum_of_products(chunk_states, d_chunk_states, i_s, BK + o_k, K, V, BV)
 
     # dq = e^G dO S^T + dP K
     b_p = tl.zeros((BT, BT), tl.float32)
-    b_dx = tl.zeros((BT, BK), tl.float32)
-    b_qq = tl.zeros((BT,), tl.float32)
     for i_v in range(NV):
-        o_xv, m_tv, o_s, m_s = _of_block(i_v, o_i, m_t, o_k, m_k, H, V, BV)
+        o_xv, m_tv = _of_tokens(i_v, o_i, m_t, H, V, BV)
         b_do = tl.load(d_o + i_x * V + o_xv, mask=m_tv, other=0)
         b_u = tl.load(u + i_x * V + o_xv, mask=m_tv, other=0)
-        b_s = tl.load(chunk_states + i_s + o_s, mask=m_s, other=0)
         b_p = tl.dot(b_do, tl.trans(b_u), b_p, input_precision=PRECISION)
-        b_dx = tl.dot(b_do, tl.trans(b_s), b_dx, input_precision=PRECISION)
-        if norms is not None:
-            b_o = tl.load(o + i_x * V + o_xv, mask=m_tv, other=0).to(tl.float32)
-            b_qq += tl.sum(b_do.to(tl.float32) * b_o, 1)
-    b_k = tl.load(k + i_xk * K + o_x, mask=m_tk, other=0)
-    b_q = tl.load(q + i_xk * K + o_x, mask=m_tk, other=0)
-    o_j, o_r = parts.anew(o_i, i_c, 1), parts.anew(o_i, i_c, 5)
-    m_p = o_r[:, None] >= o_j[None, :]
+    o_j, o_r = parts.anew(o_i, i_c, 19), parts.anew(o_i, i_c, 23)
     b_nq = parts.norms_of_q(norms, ALL, REPEAT, i_xk, HK, tokens, o_r)
-    b_p = tl.where(m_p, b_p * parts.norms(norms, i_xk, HK, tokens, o_j)[None, :], 0.0)
+    b_p = tl.where(
+        o_r[:, None] >= o_j[None, :], b_p * parts.norms(norms, i_xk, HK, tokens, o_j)[None, :], 0.0
+    )
     if decays is not None:
         b_high, b_low, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_r)
         c_high, c_low, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_j)
         b_p *= parts.between_unmasked(b_high[:, None], b_low[:, None], c_high[None, :], c_low[None, :])
-        b_f = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_p
-        b_f = tl.where(o_r[:, None] > o_j[None, :], b_f * (b_nq * scale)[:, None], 0.0)
+        b_q = _columns(q, i_xk, o_r, o_r < tokens, o_k, HK, K)
+        b_k = _columns(k, i_xk, o_r, o_r < tokens, o_k, HK, K)
+        b_f = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        if TWO:
+            b_q = _columns(q, i_xk, o_r, o_r < tokens, BK + o_k, HK, K)
+            b_k = _columns(k, i_xk, o_r, o_r < tokens, BK + o_k, HK, K)
+            b_f = tl.dot(b_q, tl.trans(b_k), b_f, input_precision=PRECISION)
+        b_f = tl.where(o_r[:, None] > o_j[None, :], b_f * b_p * (b_nq * scale)[:, None], 0.0)
         b_dg = tl.sum(b_f, 1) - tl.sum(b_f, 0)
-        b_dx *= tl.exp(b_high)[:, None]
-        b_dg += tl.sum(b_dx * b_q.to(tl.float32), 1) * b_nq * scale
-    b_dx = tl.dot(b_p.to(dtype), b_k, b_dx, input_precision=PRECISION) * scale
-    if norms is not None:
-        b_dx = (b_dx - b_q.to(tl.float32) * (b_qq * b_nq)[:, None]) * b_nq[:, None]
-    tl.store(dq + i_x * K + o_y, b_dx.to(dq.dtype.element_ty), mask=m_tk)
+    b_h = b_p.to(dtype)
+    b_x0, b_read, b_along = _of_dq(
+        q, k, d_o, chunk_states, decays, b_h, i_x, i_xk, i_s, tokens, parts.anew(o_i, i_c, 24), o_k,
+        scale, ALL, H, HK, K, V, BV, PRECISION,
+    )  # fmt: skip
+    if TWO:
+        b_x1, c_read, c_along = _of_dq(
+            q, k, d_o, chunk_states, decays, b_h, i_x, i_xk, i_s, tokens, parts.anew(o_i, i_c, 25), BK + o_k,
+            scale, ALL, H, HK, K, V, BV, PRECISION,
+        )  # fmt: skip
+        b_read += c_read
+        b_along += c_along
+        o_r = parts.anew(o_i, i_c, 8)
+        _store_columns(dq, q, norms, b_x1, b_along, b_nq, i_x, i_xk, tokens, o_r, BK + o_k, H, HK, K)
+    _store_columns(
+        dq, q, norms, b_x0, b_along, b_nq, i_x, i_xk, tokens, parts.anew(o_i, i_c, 9), o_k, H, HK, K
+    )
+    if decays is not None:
+        b_dg += b_read * b_nq * scale
 
     # dk where it writes: e^{G_C - G} U dS'^T + dP^T Q + E^T K, E = beta dA; rows are those of U
     b_p = tl.zeros((BT, BT), tl.float32)
     b_e = tl.zeros((BT, BT), tl.float32)
-    b_dx = tl.zeros((BT, BK), tl.float32)
-    b_through = tl.zeros((BK,), tl.float32)  # <dS', S>
+    o_r = parts.anew(o_i, i_c, 20)
     for i_v in range(NV):
-        o_xv, m_tv, o_s, m_s = _of_block(i_v, o_i, m_t, o_k, m_k, H, V, BV)
+        o_xv, m_tv = _of_tokens(i_v, o_r, o_r < tokens, H, V, BV)
         b_u = tl.load(u + i_x * V + o_xv, mask=m_tv, other=0)
         b_do = tl.load(d_o + i_x * V + o_xv, mask=m_tv, other=0)
         b_dr = tl.load(d_r + i_x * V + o_xv, mask=m_tv, other=0)
-        b_ds = tl.load(d_chunk_states + i_s + o_s, mask=m_s, other=0)
         b_p = tl.dot(b_u, tl.trans(b_do), b_p, input_precision=PRECISION)
         b_e = tl.dot(b_u, tl.trans(b_dr), b_e, input_precision=PRECISION)
-        b_dx = tl.dot(b_u, tl.trans(b_ds), b_dx, input_precision=PRECISION)
-        if decays is not None:
-            b_s = tl.load(chunk_states + i_s + o_s, mask=m_s, other=0)
-            b_through += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), 1)
-    o_j, o_r = parts.anew(o_i, i_c, 2), parts.anew(o_i, i_c, 6)
-    m_p = o_r[:, None] <= o_j[None, :]
-    if decays is not None:
-        b_high, b_low, high, low = parts.decays(decays, ALL, i_x, H, tokens, o_r)
-        b_dx *= tl.exp((high - b_high) + (low - b_low))[:, None]
-        b_written = tl.sum(b_dx * b_k.to(tl.float32), 1) * parts.norms(norms, i_xk, HK, tokens, o_r)
+    o_j, o_r = parts.anew(o_i, i_c, 21), parts.anew(o_i, i_c, 22)
     c_nq = parts.norms_of_q(norms, ALL, REPEAT, i_xk, HK, tokens, o_j) * scale
-    b_p = tl.where(m_p, b_p * c_nq[None, :], 0.0)
-    if decays is not None:
-        c_high, c_low, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_j)
-        b_p *= parts.between_unmasked(c_high[None, :], c_low[None, :], b_high[:, None], b_low[:, None])
-    b_dx = tl.dot(b_p.to(dtype), b_q, b_dx, input_precision=PRECISION)
-    o_j = parts.anew(o_i, i_c, 3)
-    m_p = o_r[:, None] < o_j[None, :]
+    c_nk = parts.norms(norms, i_xk, HK, tokens, o_j)
     c_beta = tl.load(beta + i_x + o_j * H, mask=o_j < tokens, other=0).to(tl.float32)
-    b_e = tl.where(m_p, -b_e * (parts.norms(norms, i_xk, HK, tokens, o_j) * c_beta)[None, :], 0.0)
+    b_p = tl.where(o_r[:, None] <= o_j[None, :], b_p * c_nq[None, :], 0.0)
+    b_e = tl.where(o_r[:, None] < o_j[None, :], -b_e * (c_nk * c_beta)[None, :], 0.0)
     if decays is not None:
+        b_high, b_low, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_r)
         c_high, c_low, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_j)
-        b_e *= parts.between_unmasked(c_high[None, :], c_low[None, :], b_high[:, None], b_low[:, None])
-    b_dk = tl.dot(b_e.to(dtype), b_k, b_dx, input_precision=PRECISION)
+        b_d = parts.between_unmasked(c_high[None, :], c_low[None, :], b_high[:, None], b_low[:, None])
+        b_p *= b_d
+        b_e *= b_d
+    b_h, b_e = b_p.to(dtype), b_e.to(dtype)
+    b_x0, b_written = _of_dk_written(
+        q, k, u, d_chunk_states, decays, b_h, b_e, i_x, i_xk, i_s, tokens, parts.anew(o_i, i_c, 10), o_k,
+        ALL, H, HK, K, V, BV, PRECISION,
+    )  # fmt: skip
+    if TWO:
+        b_x1, c_written = _of_dk_written(
+            q, k, u, d_chunk_states, decays, b_h, b_e, i_x, i_xk, i_s, tokens, parts.anew(o_i, i_c, 11), BK + o_k,
+            ALL, H, HK, K, V, BV, PRECISION,
+        )  # fmt: skip
+        b_written += c_written
 
     # dk where it reads: -beta e^G dR' S^T + E K; and what needs no product
     b_e = tl.zeros((BT, BT), tl.float32)
-    b_dx = tl.zeros((BT, BK), tl.float32)
-    b_rv = tl.zeros((BT,), tl.float32)
-    b_kk = tl.zeros((BT,), tl.float32)
-    for i_v in range(NV):
-        o_xv, m_tv, o_s, m_s = _of_block(i_v, o_i, m_t, o_k, m_k, H, V, BV)
-        b_dr = tl.load(d_r + i_x * V + o_xv, mask=m_tv, other=0)
-        b_u = tl.load(u + i_x * V + o_xv, mask=m_tv, other=0)
-        b_s = tl.load(chunk_states + i_s + o_s, mask=m_s, other=0)
-        b_e = tl.dot(b_dr, tl.trans(b_u), b_e, input_precision=PRECISION)
-        b_dx = tl.dot(b_dr, tl.trans(b_s), b_dx, input_precision=PRECISION)
-        b_r = b_dr.to(tl.float32)
-        b_v = tl.load(v + i_x * V + o_xv, mask=m_tv, other=0).to(tl.float32)
-        b_rv += tl.sum(b_r * b_v, 1)
-        if norms is not None:
-            b_kk += 2 * tl.sum(b_r * b_u.to(tl.float32), 1)
-        b_v = tl.load(beta + i_x + o_i * H, mask=m_t, other=0).to(tl.float32)[:, None] * b_r
-        tl.store(dv + i_x * V + o_xv, b_v.to(dtype), mask=tl.where(i_k == 0, m_tv, False))
-    o_j, o_r = parts.anew(o_i, i_c, 4), parts.anew(o_i, i_c, 7)
-    m_p = o_r[:, None] > o_j[None, :]
-    b_nk = parts.norms(norms, i_xk, HK, tokens, o_r)
+    b_dbeta = tl.zeros((BT,), tl.float32)
+    o_r = parts.anew(o_i, i_c, 12)
     b_beta = tl.load(beta + i_x + o_r * H, mask=o_r < tokens, other=0).to(tl.float32)
-    b_e = tl.where(m_p, -b_e * parts.norms(norms, i_xk, HK, tokens, o_j)[None, :], 0.0)
+    b_small = tl.abs(b_beta) < SMALL
+    b_by = tl.where(b_small, 0.0, 1 / tl.where(b_small, 1.0, b_beta))
+    for i_v in range(NV):
+        o_xv, m_tv = _of_tokens(i_v, o_r, o_r < tokens, H, V, BV)
+        b_u = tl.load(u + i_x * V + o_xv, mask=m_tv, other=0)
+        b_dr = tl.load(d_r + i_x * V + o_xv, mask=m_tv, other=0)
+        b_e = tl.dot(b_dr, tl.trans(b_u), b_e, input_precision=PRECISION)
+        b_r = b_dr.to(tl.float32)
+        if decays is None:
+            b_v = tl.load(v + i_x * V + o_xv, mask=m_tv & b_small[:, None], other=0).to(tl.float32)
+            b_v += b_u.to(tl.float32) * b_by[:, None]
+        else:
+            b_v = tl.load(v + i_x * V + o_xv, mask=m_tv, other=0).to(tl.float32)
+        b_dbeta += tl.sum(b_r * b_v, 1)
+        tl.store(dv + i_x * V + o_xv, (b_r * b_beta[:, None]).to(dtype), mask=m_tv)
+    o_j, o_r = parts.anew(o_i, i_c, 13), parts.anew(o_i, i_c, 14)
+    b_nk = parts.norms(norms, i_xk, HK, tokens, o_r)
+    c_nk = parts.norms(norms, i_xk, HK, tokens, o_j)
+    b_beta = tl.load(beta + i_x + o_r * H, mask=o_r < tokens, other=0).to(tl.float32)
+    b_e = tl.where(o_r[:, None] > o_j[None, :], -b_e * c_nk[None, :], 0.0)
     if decays is not None:
-        b_high, b_low, high, _ = parts.decays(decays, ALL, i_x, H, tokens, o_r)
-        b_dx *= tl.exp(b_high)[:, None]
+        b_high, b_low, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_r)
         c_high, c_low, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_j)
         b_e *= parts.between_unmasked(b_high[:, None], b_low[:, None], c_high[None, :], c_low[None, :])
-    b_row = -tl.sum(b_dx * b_k.to(tl.float32), 1) * b_nk
-    b_dk += tl.dot(b_e.to(dtype), b_k, -b_dx, input_precision=PRECISION) * b_beta[:, None]
-    if norms is not None:
-        b_dk = (b_dk - b_k.to(tl.float32) * ((b_kk - b_beta * b_rv) * b_nk)[:, None]) * b_nk[:, None]
-    tl.store(dk + i_x * K + o_y, b_dk.to(dk.dtype.element_ty), mask=m_tk)
-
-    b_f = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_e * b_nk[:, None]
-    b_dbeta = tl.where(i_k == 0, b_rv, 0.0) + tl.sum(b_f, 1) + b_row
-    tl.store(sums + i_k.to(tl.int64) * SHARE + i_x + o_i * H, b_dbeta, mask=m_t)
+    b_h = (b_e * b_beta[:, None]).to(dtype)
+    b_k = _columns(k, i_xk, o_r, o_r < tokens, o_k, HK, K)
+    b_f = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
+    if TWO:
+        b_k = _columns(k, i_xk, o_r, o_r < tokens, BK + o_k, HK, K)
+        b_f = tl.dot(b_k, tl.trans(b_k), b_f, input_precision=PRECISION)
+    b_f *= b_e * b_nk[:, None]
+    b_fl = tl.sum(b_f, 1)
     if decays is not None:
         b_f *= b_beta[:, None]
-        b_dg += tl.sum(b_f, 1) - tl.sum(b_f, 0) + b_row * b_beta
+        b_dg += tl.sum(b_f, 1) - tl.sum(b_f, 0)
+    b_x0, b_read, b_along = _with_dk_read(
+        b_x0, k, d_r, chunk_states, decays, b_h, b_beta, i_x, i_xk, i_s, tokens, parts.anew(o_i, i_c, 15), o_k,
+        ALL, H, HK, K, V, BV, PRECISION,
+    )  # fmt: skip
+    if TWO:
+        b_x1, c_read, c_along = _with_dk_read(
+            b_x1, k, d_r, chunk_states, decays, b_h, b_beta, i_x, i_xk, i_s, tokens, parts.anew(o_i, i_c, 16),
+            BK + o_k, ALL, H, HK, K, V, BV, PRECISION,
+        )  # fmt: skip
+        b_read += c_read
+        b_along += c_along
+        o_r = parts.anew(o_i, i_c, 17)
+        _store_columns(dk, k, norms, b_x1, b_along, b_nk, i_x, i_xk, tokens, o_r, BK + o_k, H, HK, K)
+    _store_columns(
+        dk, k, norms, b_x0, b_along, b_nk, i_x, i_xk, tokens, parts.anew(o_i, i_c, 18), o_k, H, HK, K
+    )
+
+    b_read *= -b_nk
+    if decays is None:
+        b_dbeta += tl.where(tl.abs(b_beta) < SMALL, b_fl + b_read, 0.0)
+    else:
+        b_dbeta += b_fl + b_read
+    tl.store(sums + i_x + o_i * H, b_dbeta, mask=m_t)
+    if decays is not None:
+        b_written *= b_nk
+        b_dg += b_read * b_beta
         # written by a token: the decays of all later ones of the chunk keep it
         b_dg = tl.cumsum(b_dg, 0, reverse=True) + (tl.cumsum(b_written, 0) - b_written)
-        b_dg += tl.sum(b_through, 0) * tl.exp(high)
-        tl.store(sums + i_k.to(tl.int64) * SHARE + ALL + i_x + o_i * H, b_dg, mask=m_t)
+        _, _, high, _ = parts.decays(decays, ALL, i_x, H, tokens, o_i)
+        b_dg += through * tl.exp(high)
+        tl.store(sums + ALL + i_x + o_i * H, b_dg, mask=m_t)

@@ -94,7 +94,10 @@ def anew(o_x, i_c, PHASE: tl.constexpr):
     """The whole numbers ``o_x``: ``i_c >> 24`` is 0, as a sequence has fewer than 2^24 chunks. The compiler does
     not know that. So it works addresses and masks out again in every PHASE, instead of keeping them in registers
     from one to the next and from chunk to chunk, which it would spill."""
-    return o_x + (i_c >> (30 - PHASE))
+    if PHASE < 8:
+        return o_x + (i_c >> (30 - PHASE))
+    else:
+        return o_x + (i_c >> (24 + PHASE % 6)) * PHASE
 
 
 @triton.jit

@@ -17,7 +17,7 @@ HEAD_SIZES = ((128, 128), (64, 64), (128, 256), (256, 256), (60, 100))
 # Bytes that may spill on an NVIDIA chip, in every release of Triton from 3.6 to 3.9 (README.md); and on sm_90 at
 # K = V = 128 in bfloat16 and float16, where releases place registers differently near the limit of 255.
 SPILLS = {"scan": 3072, "reverse": 2048, "gradient": 1024, "recurrent": 64, "decode": 64}
-HOPPER_SPILLS = {"scan": 128, "reverse": 128, "gradient": 512}
+HOPPER_SPILLS = {"scan": 128, "reverse": 128, "gradient": 384}
 FLOAT32_SPILLS = 65_536  # products of float32 in full are sums over registers
 
 
@@ -70,7 +70,7 @@ def _chunks(
     given = (q, q, v, beta, g, state, cu_seqlens)
     o, final, states, *kept = triton_chunk.forward(*given, 1.0, True, training, stride, training)
     if training:
-        triton_chunk.backward(*given, *kept, o, o, final, states, 1.0, True, stride)
+        triton_chunk.backward(*given, *kept, o, final, states, 1.0, True, stride)
 
 
 def _recurrent(kd: int, vd: int, dtype: torch.dtype, gated: bool) -> None:
@@ -94,7 +94,9 @@ def turns(kernel: str, given: dict[str, Any]) -> tuple[list, bool, float]:
     if kernel == "inverse":
         return [7], False, 1.0
     if kernel == "gradient":
-        return [-(-given["V"] // given["BV"])], False, 1.0
+        blocks = -(-given["K"] // given["BK"])
+        loops = 3 + (3 if given.get("decays") is None else 4) * blocks
+        return [-(-given["V"] // given["BV"])] * loops, False, 1.0
     if kernel == "states":
         return [min(given["GROUP"], chunks)], False, 1.0
     if kernel == "join":
@@ -125,9 +127,7 @@ def clock_call(
     def backward() -> None:
         kept = triton_chunk.checkpoint_count(v, None), triton_chunk.kept_count(q, v, g)
         checkpoints = new(kept[0], rows, value_heads, kd, vd)
-        o, d_o = new(v.shape, dtype=dtype), new(v.shape, dtype=dtype)
-        triton_chunk.backward(
-            *given, checkpoints, q.new_empty(kept[1]), o, d_o, None, None, kd**-0.5, True, 0
-        )
+        d_o = new(v.shape, dtype=dtype)
+        triton_chunk.backward(*given, checkpoints, q.new_empty(kept[1]), d_o, None, None, kd**-0.5, True, 0)
 
     return partial(forward, False), partial(forward, True), backward

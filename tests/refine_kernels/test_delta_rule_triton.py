@@ -284,10 +284,10 @@ def test_places_hold_every_chunk_of_every_sequence_once():
 @pytest.mark.parametrize(("kd", "vd"), [(3, 1), (64, 128), (128, 128), (128, 256), (256, 256)])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_tiles_cover_the_values(kd, vd, itemsize):
-    for few, gated in itertools.product((False, True), repeat=2):
-        tiles = triton_chunk.choose_tiles(kd, vd, itemsize, gated, few=few)
+    for few in (False, True):
+        tiles = triton_chunk.choose_tiles(kd, vd, itemsize, few=few)
         assert tiles.chunk in (32, 64) and triton_chunk.GROUP_TOKENS % tiles.chunk == 0
-        assert all(tile.bv >= 16 for tile in tiles[1:]) and tiles.gradient.bk >= 16
+        assert all(tile.bv >= 16 for tile in tiles[1:]) and tiles.gradient.bk >= max(16, kd / 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -296,7 +296,7 @@ def test_tiles_cover_the_values(kd, vd, itemsize):
 def test_what_is_kept_lies_where_kernels_load_it_whole(dtype, gated, tokens):
     q, v = torch.empty(1, tokens, 1, 64, dtype=dtype), torch.empty(1, tokens, 1, 32, dtype=dtype)
     kept = q.new_empty(triton_chunk.kept_count(q, v, q[..., 0] if gated else None))
-    plan = triton_chunk._plan(q, v, gated, True, None)
+    plan = triton_chunk._plan(q, v, True, None)
     parts = triton_chunk._kept(kept, q, v, plan, gated)
     assert [None if x is None else tuple(x.shape) for x in parts] == [
         (2, 1, tokens, 1) if gated else None, (2, 1, tokens, 1), (1, tokens, 1, 32), (1, tokens, 1, 64)

@@ -51,9 +51,7 @@ def check_chunks(inputs, repeat, *, state_stride=64, cu_seqlens=None, nothing_fo
     )
     random = torch.Generator().manual_seed(1)
     upstream = [torch.randn(x.shape, generator=random).to(x) for x in (o, final, states)]
-    found = triton_chunk.backward(
-        *given, cu_seqlens, checkpoints, kept, o, *upstream, scale, True, state_stride
-    )
+    found = triton_chunk.backward(*given, cu_seqlens, checkpoints, kept, *upstream, scale, True, state_stride)
     options = {"state_stride": state_stride, "cu_seqlens": cu_seqlens, "scale": scale}
     expected, gradients = run_reference(inputs, repeat, upstream, **options)
     for name, x, e in zip(("o", "final state", "states"), (o, final, states), expected):
