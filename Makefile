@@ -63,7 +63,7 @@ pretrain-tiny: setup
 	$(BIN)/python -m refine.eval --model runs/tiny-delta-net
 	$(BIN)/python -m refine.eval --model runs/tiny-delta-net --tasks niah_single_1 niah_single_2 niah_multikey_1 --lengths 1024 2048 --samples 200
 
-# A LaCT or a hybrid of the same size: at most half an hour on two cores.
+# A LaCT or a hybrid of the same size: about 20 minutes of a free core.
 pretrain-tiny-lact pretrain-tiny-hybrid: pretrain-tiny-%: setup
 	$(BIN)/python -m refine.data.tokenizer --output_dir runs/tiny-tokenizer
 	$(BIN)/python -m refine.train --config pretrain_tiny_$* --overwrite_output_dir
