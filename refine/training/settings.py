@@ -190,6 +190,7 @@ class ReportSettings:
         0,
         "needles (niah_single_1, niah_single_2) and recall questions each, asked at every evaluation",
         least=0,
+        most=10_000,  # they are made before the first update
     )
     save_steps: int = setting(50, "updates between two checkpoints; 0: only the end", least=0)
     save_total_limit: int | None = setting(2, "checkpoints kept; none: all", least=1)

@@ -61,6 +61,7 @@ def test_what_is_written_reads_back(tmp_path):
         (["--learning_rate", "nan"], "learning_rate must be over 0"),
         (["--learning_rate", "-1"], "learning_rate must be over 0"),
         (["--bf16", "maybe"], "bf16 must be true or false, got 'maybe'"),
+        (["--recall_samples", "1e9"], "recall_samples must be at least 0 and at most 10000, got 1000000000"),
         (["--num_chunks", "0"], "num_chunks must be a whole number of at least 1, got 0"),
         (["--rollout_length", "0"], "rollout_length must be a whole number of at least 1"),
         (["--rollout_length", "4000"], "max_length must be at least min_length=32000"),
