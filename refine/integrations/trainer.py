@@ -102,7 +102,7 @@ class RefineTrainer(Trainer):
             "ntp_loss": output.ntp_loss,
             "nsp_loss": output.nsp_loss,
             "reward": output.rewards.mean(),
-            "reward_std": output.rewards.std(),
+            "reward_std": output.reward_std,
             "cosine": output.cosine.mean(),
             "exact_match": output.exact_match.mean(),
             "entropy": (output.entropy if mask is None else output.entropy[mask.bool()]).mean(),

@@ -58,6 +58,11 @@ class RefineStepOutput:
         Rollouts  # positions, tokens, log-probs, advantages, lengths: for off-policy updates on the same draw
     )
 
+    @property
+    def reward_std(self) -> torch.Tensor:
+        """Standard deviation of all rewards, a scalar; 0 where there is one."""
+        return self.rewards.std(correction=min(1, self.rewards.numel() - 1))
+
 
 def refine_step(
     model: torch.nn.Module,

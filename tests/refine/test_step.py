@@ -201,6 +201,14 @@ def test_rewards_agree_with_their_definition():
         assert_close(output.rewards[0, j, 0], cosine + match, 1e-6)
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_spread_of_a_lone_reward_is_zero():
+    ids = torch.randint(VOCABULARY, (1, 60))
+    assert refine_step(tiny_model(), ids, RefineConfig(num_chunks=1)).reward_std == 0
+    several = refine_step(tiny_model(), ids, RefineConfig(num_chunks=1, num_rollouts=3))
+    assert_close(several.reward_std, several.rewards.flatten().std(), 1e-6)
+
+
 def test_bfloat16_model_keeps_rewards_and_logprobs_in_float32():
     model = tiny_model(dtype=torch.bfloat16)
     ids, _ = ragged_batch(90)
