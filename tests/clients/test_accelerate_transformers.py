@@ -12,24 +12,21 @@ import torch
 from torch import nn
 
 from refine import accelerate_transformers
-from tests.numerics import assert_close, relative_error
+from tests.numerics import assert_close
 from tests.refine.hybrids import FAMILIES, VOCABULARY, hybrid, on_this_processor, transformers_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_logits_and_tokens(family, monkeypatch):
-    theirs = transformers_model(hybrid(family, torch.float32).eval())
+    # weights that magnify rounding little: at 0.2 transformers' own float32 is 1e-5 and more from float64
+    theirs = transformers_model(hybrid(family, torch.float32, initializer_range=0.1).eval())
     faster = accelerate_transformers(copy.deepcopy(theirs))
     ids = torch.randint(VOCABULARY, (2, 150))
     options = {"max_new_tokens": 20, "do_sample": False}
     logits, tokens = faster(ids).logits, faster.generate(ids[:, :9], **options)  # whatever else is installed
     with on_this_processor(theirs, monkeypatch, exact=False):
+        assert_close(logits, theirs(ids).logits, 1e-5)
         assert torch.equal(tokens, theirs.generate(ids[:, :9], **options))
-        own = theirs(ids).logits
-    with on_this_processor(theirs.double(), monkeypatch, exact=True):
-        exact = theirs(ids).logits
-    magnified = relative_error(own.double(), exact)  # how far weights and tokens magnify rounding
-    assert_close(logits.double(), exact, 1e-5 + 2 * magnified)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
