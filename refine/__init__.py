@@ -13,7 +13,14 @@ from refine.late import imported_late
 if TYPE_CHECKING:
     from refine.integrations.accelerate import accelerate_transformers
     from refine.integrations.trainer import RefineTrainer, RefineTrainingArguments
-    from refine.method import RefineConfig, RefineStepOutput, branch_logprobs, generate_group, refine_step
+    from refine.method import (
+        RefineConfig,
+        RefineStepOutput,
+        Sequences,
+        branch_logprobs,
+        generate_group,
+        refine_step,
+    )
     from refine.models import load_model
 
 __version__ = "0.1.0"
@@ -22,6 +29,7 @@ __all__ = [
     "RefineStepOutput",
     "RefineTrainer",
     "RefineTrainingArguments",
+    "Sequences",
     "accelerate_transformers",
     "branch_logprobs",
     "generate_group",
@@ -37,7 +45,14 @@ __getattr__ = imported_late(
         "accelerate_transformers": "refine.integrations.accelerate",
         "load_model": "refine.models",
         **dict.fromkeys(
-            ("RefineConfig", "RefineStepOutput", "branch_logprobs", "generate_group", "refine_step"),
+            (
+                "RefineConfig",
+                "RefineStepOutput",
+                "Sequences",
+                "branch_logprobs",
+                "generate_group",
+                "refine_step",
+            ),
             "refine.method",
         ),
     },

@@ -64,7 +64,7 @@ class RefineTrainer(Trainer):
         sequences = Sequences.of(ids, mask, cu_seqlens)
         _check_labels(inputs, cu_seqlens, getattr(self.processing_class, "pad_token_id", None))
         seeds = mix_seeds(self.args.seed, self.state.global_step, inputs.get("keys", _keys(sequences)))
-        output = refine_step(model, ids, self.args, attention_mask=mask, cu_seqlens=cu_seqlens, seeds=seeds)
+        output = refine_step(model, sequences, self.args, seeds=seeds)
         self._note(output, sequences, mask)
         return (output.loss, output) if return_outputs else output.loss
 

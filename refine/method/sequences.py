@@ -29,6 +29,7 @@ class Sequences:
     lengths: torch.Tensor  # [S] int64, tokens of each sequence
     cu_seqlens: torch.Tensor | None = None  # [S + 1] int64, where packed sequences begin and end
     left: torch.Tensor | None = None  # [B] int64, columns of padding on the left in the caller's rows
+    loss_weight: torch.Tensor | None = None  # [B, T] as input_ids lie, float32; None: the loss is a mean
 
     @classmethod
     def of(
@@ -36,6 +37,7 @@ class Sequences:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        loss_weight: torch.Tensor | None = None,
     ) -> Sequences:
         """Find the sequences of a batch.
 
@@ -43,6 +45,8 @@ class Sequences:
             input_ids: [B, T] int64.
             attention_mask: [B, T], 1 for tokens, 0 for padding on either side of a row. None: no padding.
             cu_seqlens: [S + 1] int, 0 to T: the row (B = 1) holds S sequences packed one after the other.
+            loss_weight: [B, T] float, at least 0: what each token's cross-entropy counts in the next-token loss,
+                which is their weighted sum. None: the mean over a sequence's tokens, then over sequences.
 
         Raises:
             ValueError: a shape that does not fit, a row without tokens or with a hole between tokens, borders of
@@ -51,10 +55,13 @@ class Sequences:
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must be [batch, tokens], got shape {tuple(input_ids.shape)}")
         batch, tokens = input_ids.shape
+        if loss_weight is not None:
+            loss_weight = _checked_weight(loss_weight, input_ids)
         if cu_seqlens is not None:
-            return cls._packed(input_ids, attention_mask, cu_seqlens)
+            return cls._packed(input_ids, attention_mask, cu_seqlens, loss_weight)
         if attention_mask is None:
-            return cls(input_ids, torch.full((batch,), tokens, device=input_ids.device))
+            lengths = torch.full((batch,), tokens, device=input_ids.device)
+            return cls(input_ids, lengths, loss_weight=loss_weight)
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask must have input_ids' shape {tuple(input_ids.shape)}, "
@@ -71,11 +78,12 @@ class Sequences:
                 "padding (0) before or behind them"
             )
         if not bool(left.any()):
-            return cls(input_ids, lengths)
-        return cls(_rolled(input_ids, left), lengths, left=left)
+            return cls(input_ids, lengths, loss_weight=loss_weight)
+        loss_weight = None if loss_weight is None else _rolled(loss_weight, left)
+        return cls(_rolled(input_ids, left), lengths, left=left, loss_weight=loss_weight)
 
     @classmethod
-    def _packed(cls, input_ids, attention_mask, cu_seqlens) -> Sequences:
+    def _packed(cls, input_ids, attention_mask, cu_seqlens, loss_weight) -> Sequences:
         tokens = input_ids.shape[1]
         if attention_mask is not None:
             raise ValueError("attention_mask and cu_seqlens exclude each other: a packed row has no padding")
@@ -86,7 +94,7 @@ class Sequences:
                 f"cu_seqlens must rise from 0 to the {tokens} tokens of a single row, got {borders.tolist()} for "
                 f"input_ids of shape {tuple(input_ids.shape)}"
             )
-        return cls(input_ids, borders.diff(), borders)
+        return cls(input_ids, borders.diff(), borders, loss_weight=loss_weight)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -100,18 +108,29 @@ class Sequences:
         return {} if self.cu_seqlens is None else {"cu_seqlens": self.cu_seqlens}
 
     def labelled(self) -> LabelledTokens:
-        """The next token of each position; the loss is a mean over a sequence's targets, then over sequences."""
-        if self.cu_seqlens is None:
-            return LabelledTokens(self.input_ids, *next_token_targets(self.input_ids, self.lengths))
+        """The next token of each position, and its weight in the loss."""
         padded = self.padded()
-        columns = (self._packed_row(x) for x in next_token_targets(padded.input_ids, padded.lengths))
-        return LabelledTokens(self.input_ids, *columns)
+        targets, weight = next_token_targets(padded.input_ids, padded.lengths)
+        if padded.loss_weight is not None:
+            weight = padded.loss_weight.roll(-1, dims=1).masked_fill(targets == -100, 0)
+        if self.cu_seqlens is not None:
+            targets, weight = self._packed_row(targets), self._packed_row(weight)
+        return LabelledTokens(self.input_ids, targets, weight)
 
     def padded(self) -> Sequences:
         """The same sequences, one a row, padded on the right (with copies of some token)."""
         if self.cu_seqlens is None:
             return self
-        return Sequences(self.by_sequence(self.input_ids), self.lengths)
+        weight = None if self.loss_weight is None else self.by_sequence(self.loss_weight)
+        return Sequences(self.by_sequence(self.input_ids), self.lengths, loss_weight=weight)
+
+    def packed(self) -> Sequences:
+        """The same sequences, one after the other in one row."""
+        if self.cu_seqlens is not None:
+            return self
+        borders = torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0))
+        weight = None if self.loss_weight is None else self._packed_row(self.loss_weight)
+        return Sequences(self._packed_row(self.input_ids), self.lengths, borders, loss_weight=weight)
 
     def by_sequence(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, ...] of the rows -> [S, L, ...] from each sequence's first token on; behind its end, anything."""
@@ -153,6 +172,17 @@ def next_token_targets(
     targets = input_ids.roll(-1, dims=1).masked_fill(~valid, -100)
     weight = valid / ((lengths - 1).clamp_min(1)[:, None] * batch)
     return targets, weight.float()
+
+
+def _checked_weight(loss_weight: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    if loss_weight.shape != input_ids.shape:
+        raise ValueError(
+            f"loss_weight must have input_ids' shape {tuple(input_ids.shape)}, got {tuple(loss_weight.shape)}"
+        )
+    weight = loss_weight.to(input_ids.device, torch.float32)
+    if not bool(((weight >= 0) & weight.isfinite()).all()):
+        raise ValueError("loss_weight must be finite and at least 0")
+    return weight
 
 
 def _rolled(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

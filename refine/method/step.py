@@ -36,7 +36,10 @@ class RefineStepOutput:
     """
 
     loss: torch.Tensor  # scalar: lambda_sft * ntp_loss + lambda_rl * nsp_loss
-    ntp_loss: torch.Tensor  # scalar, detached: next-token cross-entropy, mean over tokens, then sequences
+    ntp_loss: (
+        torch.Tensor
+    )  # scalar, detached: next-token cross-entropy, mean over tokens, then sequences (or the
+    # sum by their weights)
     nsp_loss: torch.Tensor  # scalar, detached: the objective over rollout tokens; about 0 on-policy, as the
     # advantages of a group have mean 0 and all ratios are 1: look at rewards instead
     entropy: torch.Tensor  # [B, T] float32, of the prediction made at each position of the input
@@ -66,7 +69,7 @@ class RefineStepOutput:
 
 def refine_step(
     model: torch.nn.Module,
-    input_ids: torch.Tensor,
+    input_ids: torch.Tensor | Sequences,
     config: RefineConfig,
     *,
     attention_mask: torch.Tensor | None = None,
@@ -86,7 +89,8 @@ def refine_step(
 
     Args:
         model: one of this project's models (bare, or wrapped by DDP, FSDP2 or PEFT).
-        input_ids: [B, T] int64.
+        input_ids: [B, T] int64; or :class:`Sequences`, which hold their padding or packing, and may weigh the
+            tokens' next-token loss (the policy loss is as without weights).
         config: see :class:`RefineConfig`.
         attention_mask: [B, T], 1 for tokens, 0 for padding on either side of a row; None: no padding.
         cu_seqlens: [S + 1] int, where the sequences of one packed row (B = 1) begin and end.
@@ -107,7 +111,7 @@ def refine_step(
     check_model(model, "refine_step")
     if config.beta and reference is None:
         raise ValueError(f"beta={config.beta} needs a reference model: refine_step(..., reference=...)")
-    sequences = Sequences.of(input_ids, attention_mask, cu_seqlens)
+    sequences = _sequences(input_ids, attention_mask, cu_seqlens)
     _check_lengths(sequences, config)
     given = Rollouts.given(positions, rollouts)
     given.check(sequences, config)
@@ -194,6 +198,16 @@ def next_token_loss(
         return SegmentedPass(model, labelled, segment_length, context=context).ntp_loss
     head = NextTokenLoss(labelled.targets, labelled.row_weight, entropy=False)
     return model(labelled.input_ids, use_cache=False, head=head).loss
+
+
+def _sequences(
+    given: torch.Tensor | Sequences, attention_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+) -> Sequences:
+    if not isinstance(given, Sequences):
+        return Sequences.of(given, attention_mask, cu_seqlens)
+    if attention_mask is not None or cu_seqlens is not None:
+        raise ValueError("attention_mask and cu_seqlens were given twice: Sequences hold their own")
+    return given
 
 
 def _check_lengths(sequences: Sequences, config: RefineConfig) -> None:

@@ -17,10 +17,10 @@ from refine.data.curriculum import Curriculum
 from refine.data.pairs import PairBatch, PairColumns, PairStream, held_out_pairs, training_pairs
 from refine.data.prompts import PromptBatch, held_out_prompts, training_prompts
 from refine.data.stream import Batch, DataStream, held_out_stream, training_stream
-from refine.method import RefineStepOutput, next_token_targets, refine_step
+from refine.method import RefineStepOutput, Sequences, refine_step
 from refine.prepare import data_config
 from refine.training.group_phase import GroupPhase, load_reference
-from refine.training.losses import pack, packed_loss, sequence_loss, target_loss
+from refine.training.losses import sequence_loss, target_loss
 from refine.training.parallel import World
 from refine.training.settings import TrainSettings
 from refine.training.update import apply_update
@@ -128,40 +128,37 @@ class Phase:
         """Autocast as the settings say."""
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.settings.bf16)
 
-    def _refine(self, batch: Batch, step: int, draw=None, context=None) -> RefineStepOutput:
+    def _refine(self, batch: Batch, step: int, draw=None, context=None, total=None) -> RefineStepOutput:
         """A REFINE step; its draws follow from the run's seed, the step and each sequence's key alone. ``draw``:
-        the rollouts of an earlier policy."""
-        input_ids, places = batch.input_ids, {"attention_mask": batch.attention_mask}
-        if self.settings.packing:
-            input_ids, borders = pack(batch.input_ids, batch.attention_mask)
-            places = {"cu_seqlens": borders}
+        the rollouts of an earlier policy; ``total``: as for :meth:`_sequences`."""
         return refine_step(
-            self.model, input_ids, self.settings, seeds=mix_seeds(self.settings.seed, step, batch.keys),
-            rollouts=draw.drawn if draw else None, context=context, reference=self.reference, **places,
+            self.model, self._sequences(batch, total), self.settings, context=context, reference=self.reference,
+            seeds=mix_seeds(self.settings.seed, step, batch.keys), rollouts=draw.drawn if draw else None,
         )  # fmt: skip
+
+    def _sequences(self, batch: Batch, total: float | None) -> Sequences:
+        """A micro-batch's sequences, with tokens that count by their weights over ``total`` where it is given."""
+        ids, mask, weight = batch.input_ids, batch.attention_mask, None
+        if total is not None:
+            weight = _weights(batch) / max(total, 1e-9)
+        sequences = Sequences(ids, mask.sum(1), loss_weight=weight)
+        return sequences.packed() if self.settings.packing else sequences
 
     def _update_on_text(
         self, mini_batch: list[Batch], draws: Draws, step: int
     ) -> tuple[dict[str, float], RefineStepOutput | None]:
         world, settings, count = self.world, self.settings, len(mini_batch)
-        total = self._total_weight(mini_batch) if settings.weighs_answers else None
+        total = self._total_weight(mini_batch) / count if settings.weighs_answers else None
         output = None
 
         def loss_of(batch: Batch, draw: RefineStepOutput | None) -> tuple[torch.Tensor, dict[str, Any]]:
             nonlocal output
-            if total is not None:
-                loss = self._weighted_loss(batch, total / count)
-                found = {"loss": loss, "ntp_loss": loss}
-            elif self.on_text == "sft" and settings.packing:
-                loss = packed_loss(self.model, *pack(batch.input_ids, batch.attention_mask))
-                found = {"loss": loss, "ntp_loss": loss}
-            elif self.on_text == "sft":
-                loss = sequence_loss(
-                    self.model, batch.input_ids, batch.attention_mask, settings.segment_length, world.context
-                )
+            if self.on_text == "sft":
+                sequences = self._sequences(batch, total)
+                loss = sequence_loss(self.model, sequences, settings.segment_length, world.context)
                 found = {"loss": loss, "ntp_loss": loss}
             else:
-                output = self._refine(batch, step, draw, world.context)
+                output = self._refine(batch, step, draw, world.context, total)
                 loss, found = output.loss, _measures(output, batch, settings.packing)
             return loss / count, {name: value.detach() / count for name, value in found.items()}
 
@@ -177,17 +174,9 @@ class Phase:
         return metrics | {"tokens": tokens, "skipped": skipped}, output
 
     def _total_weight(self, mini_batch: list[Batch]) -> float:
-        """The weights of all tokens of an update, the mean over processes."""
-        local = sum(float(_weights(batch).sum()) for batch in mini_batch)
+        """The weights of all tokens of an update that are predicted, the mean over processes."""
+        local = sum(float(_weights(batch)[:, 1:].sum()) for batch in mini_batch)
         return self.world.mean({"weight": local})["weight"]
-
-    def _weighted_loss(self, batch: Batch, total: float) -> torch.Tensor:
-        """The cross-entropies of a micro-batch by their weights, over ``total``."""
-        targets, _ = next_token_targets(batch.input_ids, batch.attention_mask.sum(1))
-        weight = _weights(batch) / max(total, 1e-9)
-        return target_loss(
-            self.model, batch.input_ids, targets, weight, self.settings.segment_length, self.world.context
-        )
 
     def _update_on_answers(self, mini_batch: list[PairBatch], metrics: dict[str, float]) -> dict[str, float]:
         """The second update of a post-training step: next-token loss on the answers, every answer token of the
@@ -227,9 +216,8 @@ class Phase:
 
 
 def _weights(batch: Batch) -> torch.Tensor:
-    """[B, T] float32: what the prediction that each position makes counts, which is the next token's weight."""
-    weight = batch.attention_mask.float() if batch.weight is None else batch.weight * batch.attention_mask
-    return torch.cat([weight[:, 1:], torch.zeros_like(weight[:, :1])], 1)
+    """[B, T] float32: what each token counts, padding nothing."""
+    return batch.attention_mask.float() if batch.weight is None else batch.weight * batch.attention_mask
 
 
 def _measures(output: RefineStepOutput, batch: Batch, packed: bool) -> dict[str, torch.Tensor]:

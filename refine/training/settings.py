@@ -118,7 +118,7 @@ class StreamSettings(TextSettings):
     )
     answer_weight: float = setting(
         1.0,
-        "of an answer's tokens in the next-token loss (phase sft); tokens of documents without answers count 1",
+        "of an answer's tokens in the next-token loss; tokens of documents without answers count 1",
         over=0,
     )
     context_weight: float = setting(1.0, "of the other tokens of a document with answers", least=0)
@@ -269,9 +269,9 @@ class TrainSettings(
             )
         if self.length_schedule:
             self._check_lengths()
-        if self.weighs_answers and self.phase != "sft":
+        if self.weighs_answers and self.phase not in ("mid", "sft"):
             raise SettingsError(
-                "answer_weight and context_weight are about the next-token loss of phase sft, and must be 1 in "
+                "answer_weight and context_weight are about the documents of phases mid and sft, and must be 1 in "
                 f"phase {self.phase}; got {self.answer_weight:g} and {self.context_weight:g}"
             )
         if self.packing:
@@ -309,7 +309,6 @@ class TrainSettings(
             (self.phase not in ("mid", "sft"), f"phase {self.phase}"),
             (self.segment_length is not None, "segment_length"),
             (self.step == "per_prefix", "step=per_prefix"),
-            (self.weighs_answers, "answer_weight and context_weight"),
         ):
             if wrong:
                 raise SettingsError(f"packing is about padding in phases mid and sft; it goes without {what}")

@@ -177,14 +177,18 @@ def test_documents_without_answers_count_one_and_held_out_text_is_not_weighed(to
     assert next(iter(held_out_stream(needles, tokenizer).batches(4))).weight is None
 
 
-@pytest.mark.parametrize("segment_length", [None, 64])
-def test_the_loss_is_the_weighted_mean_over_the_update(segment_length, tokenizer):
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"segment_length": 64}, {"packing": True}, {"phase": "mid"}, {"phase": "mid", "segment_length": 64}],
+    ids=str,
+)
+def test_the_loss_is_the_weighted_mean_over_the_update(more, tokenizer):
     model = tiny_model("delta_net", dtype=torch.float64, vocab_size=len(tokenizer))
     settings = config("default+needles", max_length=128, answer_weight=3.0, context_weight=0.5)
     mini_batch = list(itertools.islice(training_stream(settings, tokenizer).batches(3), 2))
     chosen = TrainSettings(
-        phase="sft", dataset_name_or_path="default+needles", answer_weight=3.0, context_weight=0.5, max_length=128,
-        num_chunks=2, segment_length=segment_length, learning_rate=1e-12, max_grad_norm=1e9,
+        **{"phase": "sft", "lambda_rl": 0.0} | more, dataset_name_or_path="default+needles", answer_weight=3.0,
+        context_weight=0.5, max_length=128, num_chunks=2, learning_rate=1e-12, max_grad_norm=1e9,
     )  # fmt: skip
     phase = Phase(chosen, model, adamw(model, chosen), World())
     metrics, _ = phase.update(mini_batch, [None, None], 0)
@@ -285,7 +289,7 @@ def test_a_schedule_reads_as_numbers():
         (["--length_schedule", "0=512,10=4096"], "to 2048 (max_length), got 512 to 4096"),
         (["--answer_weight", "-1"], "answer_weight must be over 0 and finite, got -1.0"),
         (["--context_weight", "-0.1"], "context_weight must be at least 0 and finite, got -0.1"),
-        (["--answer_weight", "4", "--phase", "mid"], "are about the next-token loss of phase sft"),
+        (["--answer_weight", "4", "--phase", "post"], "are about the documents of phases mid and sft"),
         (
             ["--answer_weight", "4", "--dataset_name_or_path", "default"],
             "the first documents of the default text mark no answers: name their answers_column",

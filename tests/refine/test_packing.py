@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import refine.train as training
+from refine.method import Sequences
 from refine.settings import SettingsError
-from refine.training.losses import pack
 from refine.training.settings import parse_settings
 from refine.training.tracking import read_metrics
 from tests.numerics import assert_close
@@ -17,8 +17,9 @@ from tests.refine.runs import run, weights, write_text
 def test_a_batch_is_packed_row_after_row():
     ids = torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7], [8, 9, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
-    packed, borders = pack(ids, mask)
-    assert packed.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]] and borders.tolist() == [0, 3, 7, 9]
+    packed = Sequences.of(ids, mask).packed()
+    assert packed.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
+    assert packed.cu_seqlens.tolist() == [0, 3, 7, 9]
 
 
 @pytest.mark.parametrize("changes", [{}, {"phase": "sft"}, {"num_mini_batches": 2, "model_type": "lact"}])
@@ -48,7 +49,6 @@ def test_a_packed_run_is_the_run(tmp_path, changes, monkeypatch):
         (["--phase", "post"], "phase post"),
         (["--segment_length", "64"], "segment_length"),
         (["--step", "per_prefix"], "step=per_prefix"),
-        (["--phase", "sft", "--answer_weight", "2"], "answer_weight and context_weight"),
     ],
 )
 def test_what_packing_goes_without(arguments, what):

@@ -61,6 +61,51 @@ def test_packed_and_padded_rows_hold_the_same_sequences(lengths, seed):
     torch.testing.assert_close((values * labelled.row_weight).sum(), right)
 
 
+@pytest.mark.parametrize("how", ["right", "left", "both sides", "packed", "segments", "per_prefix"])
+def test_weights_of_tokens_weigh_the_next_token_loss_alone(how):
+    model = tiny_model("delta_net", initializer_range=0.15)
+    ids, mask = ragged_batch(*LENGTHS)
+    weight = torch.rand(ids.shape, generator=torch.Generator().manual_seed(5)) * (ids % 3 > 0)
+    logprobs = model(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    expected_loss = -(logprobs * (weight * mask)[:, 1:]).sum()
+    model.zero_grad()
+    expected_loss.backward()
+    of_text = {name: p.grad.clone() for name, p in model.named_parameters()}
+    options = {"lambda_sft": 0.5, "lambda_rl": 1.0}
+    policy = RefineConfig(**vars(CONFIG) | options | {"lambda_sft": 0.0})
+    _, of_rollouts = step_gradients(model, ids, config=policy, attention_mask=mask)
+
+    options |= {"segments": {"segment_length": 64}, "per_prefix": {"step": "per_prefix"}}.get(how, {})
+    where, rows = {"attention_mask": mask}, ids
+    if how == "packed":
+        rows, weight = ids[mask.bool()][None], weight[mask.bool()][None]
+        where = {"cu_seqlens": torch.tensor([0, *LENGTHS]).cumsum(0)}
+    elif how in ("left", "both sides"):
+        left = [150 - n for n in LENGTHS] if how == "left" else [0, 9, 31]
+        rows, marks = moved(ids, mask, left, 181)
+        weighed = torch.full(rows.shape, 9.0)
+        weighed[marks.bool()], where = weight[mask.bool()], {"attention_mask": marks}
+        weight = weighed
+    sequences = Sequences.of(rows, **where, loss_weight=weight)
+    output, got = step_gradients(model, sequences, config=RefineConfig(**vars(CONFIG) | options))
+    assert_close(output.ntp_loss, expected_loss, 1e-6, "loss")
+    for name, grad in got.items():
+        assert_close(grad, 0.5 * of_text[name] + of_rollouts[name], 1e-6, name)
+
+
+def test_weights_that_do_not_fit_are_named():
+    ids, mask = ragged_batch(*LENGTHS)
+    for weight, message in (
+        (torch.ones(3, 149), r"loss_weight must have input_ids' shape \(3, 150\), got \(3, 149\)"),
+        (torch.full(ids.shape, -1.0), "loss_weight must be finite and at least 0"),
+        (torch.full(ids.shape, float("nan")), "loss_weight must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Sequences.of(ids, mask, loss_weight=weight)
+    with pytest.raises(ValueError, match="given twice: Sequences hold their own"):
+        refine_step(tiny_model("delta_net"), Sequences.of(ids, mask), CONFIG, attention_mask=mask)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("how", ["left", "both sides", "segments"])
 def test_padding_on_either_side_changes_nothing(family, how):
