@@ -23,8 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
         page.write()
         return 0
     if options.one:
-        arm, seed, steps, rate, first_seed = options.one
-        job = plan.Job(arm, int(seed), int(steps), float(rate), int(first_seed))
+        arm, seed, steps, rate, *others = options.one
+        job = plan.Job(arm, int(seed), int(steps), float(rate), *map(int, others))
         return runs.run_one(options.output_dir, job)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     options.until = time.time() + 60 * options.minutes
@@ -47,7 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.record:
         path = record(
             "reproduce_small", table, seeds=options.seeds, first_seed=options.first_seed, learning_rate=rates,
-            settings=plan.COMMON | {"rollout_length": plan.ROLLOUT, "max_steps": options.steps},
+            settings=plan.COMMON
+            | {"rollout_length": plan.ROLLOUT, "max_steps": options.steps}
+            | (plan.WEIGHED if options.weigh_answers else {}),
             arms=plan.ARMS, prompts=NEEDLES, documents=DOCUMENTS, jobs=options.jobs,
         )  # fmt: skip
         print(f"wrote {path}")
@@ -67,6 +69,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--first_seed", type=int, default=0, help="another one: other seeds, needles, documents, rates anew"
     )
+    parser.add_argument(
+        "--weigh_answers", action="store_true", help="the next-token loss on the answers; rates from 3e-5 on"
+    )
     parser.add_argument("--arms", nargs="+", default=list(plan.ORDER), choices=list(plan.ORDER))
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time")
     parser.add_argument(
@@ -77,7 +82,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--page", action="store_true", help="docs/ and its plot from benchmarks/results alone"
     )
-    parser.add_argument("--one", nargs=5, metavar=plan.Job._fields, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=6, metavar=plan.Job._fields, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if min(options.seeds, options.other_seeds, options.steps, options.jobs) < 1:
         parser.error("--seeds, --other_seeds, --steps and --jobs must be at least 1")

@@ -6,12 +6,22 @@ from pathlib import Path
 
 from benchmarks.reproduce_small import agreement
 from benchmarks.reproduce_small.measures import MAIN, MEASURES
-from benchmarks.reproduce_small.plan import EQUAL_TIME, ORDER, RATES, SELECT_SEED, SMALLER_STEPS, VARIANTS
+from benchmarks.reproduce_small.plan import (
+    EQUAL_TIME,
+    LOWER_RATES,
+    ORDER,
+    RATES,
+    SELECT_SEED,
+    SMALLER_STEPS,
+    VARIANTS,
+    WEIGHED,
+)
 from benchmarks.reproduce_small.runs import ROOT
-from benchmarks.reproduce_small.statement import AGAIN, SUPPORT
+from benchmarks.reproduce_small.statement import AGAIN, ANSWERS, SUPPORT
 from benchmarks.reproduce_small.table import render, render_others, render_selection
 from benchmarks.reproduce_small.words import (
     NAMES,
+    WEIGHED_RUN,
     about_cost,
     about_earlier,
     about_rates,
@@ -34,7 +44,7 @@ Run = tuple[str, dict]  # path from the project's root, contents
 def write() -> None:
     """The page and its picture."""
     runs = recorded()
-    (ROOT / "docs" / "reproduce_small.md").write_text(page(runs), encoding="utf-8")
+    (ROOT / "docs" / "reproduce_small.md").write_text(page(runs, weighed()), encoding="utf-8")
     draw([contents["table"] for _, contents in runs], ROOT / "docs" / "reproduce_small.png")
     print("wrote docs/reproduce_small.md, docs/reproduce_small.png")
 
@@ -43,10 +53,18 @@ def recorded() -> list[Run]:
     """The newest file from seed 0 and, if there is one, the newest from another seed."""
     found = {}
     for path, contents in read("reproduce_small"):
-        if "select" in contents["table"]:  # else it was another comparison: ``earlier``
+        # others are ``earlier`` or ``weighed``
+        if "select" in contents["table"] and "answer_weight" not in contents.get("settings", {}):
             contents = FIRST | contents
             found[contents["first_seed"] > 0] = (path, contents)
     return [found[again] for again in sorted(found)]
+
+
+def weighed() -> Run | None:
+    """The newest comparison with the loss on the answers."""
+    return next(
+        (run for run in read("reproduce_small")[::-1] if "answer_weight" in run[1].get("settings", {})), None
+    )
 
 
 def earlier() -> Run:
@@ -54,8 +72,8 @@ def earlier() -> Run:
     return next((path, one) for path, one in read("reproduce_small") if "select" not in one["table"])
 
 
-def page(runs: list[Run]) -> str:
-    """All of it."""
+def page(runs: list[Run], answers: Run | None = None) -> str:
+    """All of it: the runs with the plain loss, and that with the loss on the answers."""
     tables = [contents["table"] for _, contents in runs]
     variants = [table for table in tables if set(VARIANTS[1:]) & set(table["refine_minus"])]
     return PAGE.format(
@@ -80,7 +98,22 @@ def page(runs: list[Run]) -> str:
             f"{name}:\n\n{render_selection(one['table']['select'])}" for name, (_, one) in _named(runs)
         ),
         rates=fill(about_rates(tables)),
+        answers=ANSWERS.format(**WEIGHED, rates=", ".join(f"{rate:g}" for rate in LOWER_RATES)),
+        answers_out=_of_answers(answers) if answers else "Not run yet.",
         earlier=fill(about_earlier(*earlier())),
+    )
+
+
+def _of_answers(run: Run) -> str:
+    table = run[1]["table"]
+    return "\n\n".join(
+        [
+            what_came_out(WEIGHED_RUN, run),
+            render(table),
+            render_others(table, SFT_ARMS),
+            fill(about_steps(table)),
+            render_selection(table["select"]),
+        ]
     )
 
 
@@ -140,6 +173,12 @@ REFINE with positions by entropy, the cosine reward and c = 8, minus REFINE with
 {selection}
 
 {rates}
+
+## With the loss on the answers
+
+{answers}
+
+{answers_out}
 
 ## Tried before
 

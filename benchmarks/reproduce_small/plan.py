@@ -32,6 +32,8 @@ ORDER = (
 TIMING = "timing"  # the job that measures these ratios, before anything else runs
 SELECT = "select"  # the folder of the runs that choose the learning rates
 RATES = (1e-4, 3e-4, 1e-3)  # to choose from, for each side
+WEIGHED = {"answer_weight": 8.0, "context_weight": 0.05}  # --weigh_answers: as when the model learned needles
+LOWER_RATES = (3e-5, *RATES)  # to choose from with it
 SELECT_SEED = 100  # no other run has it
 COMMON = {
     "dataset_name_or_path": "default+needles",
@@ -58,10 +60,12 @@ class Job(NamedTuple):
     steps: int = 0
     rate: float = 0.0
     first_seed: int = 0  # of all runs: which items are measured
+    weighed: int = 0  # whether the next-token loss has the weights ``WEIGHED``
 
     def folder(self, output_dir: Path) -> Path:
         """Where it is written."""
         name = "".join(letter if letter.isalnum() else "_" for letter in self.arm)
+        name += "-weighed" * self.weighed
         return output_dir / f"{name}-{self.seed}-{self.steps}-{self.rate:g}-{self.first_seed}"
 
 
@@ -84,8 +88,8 @@ def arms(options, rates: dict[str, float], ratios: dict[str, float]) -> list[Job
         steps = round(options.steps * ratios["REFINE"]) if arm == EQUAL_TIME else options.steps
         seeds = options.seeds if arm in ("SFT", "REFINE") else options.other_seeds
         rate = rates[side] * (0.8 if arm == SMALLER_STEPS else 1)
-        first = options.first_seed
-        jobs += [Job(arm, seed, steps, rate, first) for seed in range(first, first + seeds)]
+        first, weighed = options.first_seed, int(options.weigh_answers)
+        jobs += [Job(arm, seed, steps, rate, first, weighed) for seed in range(first, first + seeds)]
     groups = (("SFT", "REFINE"), (EQUAL_TIME,), tuple(ARMS)[4:])
 
     def worth(job: Job) -> tuple[int, int]:
@@ -96,9 +100,9 @@ def arms(options, rates: dict[str, float], ratios: dict[str, float]) -> list[Job
 
 def selection(options) -> dict[tuple[str, float], Job]:
     """The runs that choose the learning rates, by side and rate."""
-    seed = SELECT_SEED + options.first_seed
+    seed, weighed = SELECT_SEED + options.first_seed, int(options.weigh_answers)
     return {
-        (arm, rate): Job(f"{SELECT} {arm}", seed, options.steps, rate, options.first_seed)
+        (arm, rate): Job(f"{SELECT} {arm}", seed, options.steps, rate, options.first_seed, weighed)
         for arm in ("SFT", "REFINE")
-        for rate in RATES
+        for rate in (LOWER_RATES if weighed else RATES)
     }

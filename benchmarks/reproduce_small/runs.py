@@ -20,9 +20,9 @@ from benchmarks.reproduce_small.plan import (
     EQUAL_TIME,
     LENGTH,
     ORDER,
-    RATES,
     SELECT,
     TIMING,
+    WEIGHED,
     Job,
     selection,
 )
@@ -85,7 +85,7 @@ def chosen_rates(options) -> dict:
         rows.append(
             {"arm": arm, "rate": rate, "nats": nats[arm, rate], "needles": needles, "loss": means["loss"]}
         )
-    chosen = {arm: min(RATES, key=lambda rate: nats[arm, rate]) for arm in ("SFT", "REFINE")}
+    chosen = {arm: min((key for key in nats if key[0] == arm), key=nats.get)[1] for arm in ("SFT", "REFINE")}
     return {"rows": rows, "chosen": chosen, "minutes": [one["minutes"] for one in found.values()]}
 
 
@@ -104,7 +104,7 @@ def run_one(output_dir: Path, job: Job) -> int:
     arm = job.arm.removeprefix(f"{SELECT} ")
     if job.steps:
         settings = TrainSettings(
-            **COMMON | ARMS["SFT" if arm == EQUAL_TIME else arm],
+            **COMMON | ARMS["SFT" if arm == EQUAL_TIME else arm] | (WEIGHED if job.weighed else {}),
             output_dir=str(folder / "run"),
             overwrite_output_dir=True,
             max_steps=job.steps,

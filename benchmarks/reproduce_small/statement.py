@@ -44,6 +44,17 @@ first run did not reach come right after the main pair and SFT for REFINE's time
   estimates and no verdict, as the second run was planned when the first was known."""
 
 
+ANSWERS = """\
+Written and committed before any run of it, and after the first two runs' results had been seen. In both, SFT
+finds fewer needles after its updates than before them, so they tell which side loses less. Here both sides'
+next-token loss stands on the answers, as when the model learned to find needles (answers weigh
+{answer_weight:g}, the rest of their documents {context_weight:g}), so that SFT itself should find more; the policy
+loss has no weights. The rates to choose from are {rates}, one lower than before.
+Seeds 10 to 14, other needles, other held-out documents. The main comparison is judged by the rules above, from
+this run's figures alone. It asks something else than the first two and is not pooled with them. The other arms
+are SFT for REFINE's time and SFT at 0.8 times its rate, three seeds each."""
+
+
 def verdict(table: dict) -> str:
     """What ``SUPPORT`` says to the main comparison, in words."""
     main = table["measures"]["REFINE"][MAIN]

@@ -9,6 +9,7 @@ from benchmarks.reproduce_small.plan import EQUAL_TIME, LENGTH, RATES, SMALLER_S
 from benchmarks.reproduce_small.statement import verdict
 
 NAMES = ("First run", "Second run")
+WEIGHED_RUN = "Loss on the answers"
 NORMS = {"SFT": 1.4, "REFINE": 1.7}  # of gradients, from the first run's logs; its file lacks them
 
 

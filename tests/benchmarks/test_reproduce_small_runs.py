@@ -15,7 +15,7 @@ from benchmarks.reproduce_small.plan import EQUAL_TIME
 def test_the_page_is_that_of_the_results_files():
     """Written by --page from the files that are there, with no run."""
     written = (Path(page.__file__).parents[2] / "docs" / "reproduce_small.md").read_text(encoding="utf-8")
-    assert page.page(page.recorded()) == written
+    assert page.page(page.recorded(), page.weighed()) == written
 
 
 def test_a_second_run_stands_beside_the_first():
@@ -24,6 +24,15 @@ def test_a_second_run_stands_beside_the_first():
     text = page.page([(path, first), (path, first | {"first_seed": 5})])
     assert "**First run** (seeds 0 to 4)." in text and "**Second run** (seeds 5 to 9)." in text
     assert "overlap: the runs agree" in text and "lie apart" not in text
+    assert "{" not in text
+
+
+def test_the_run_with_the_loss_on_the_answers_has_a_section_of_its_own():
+    path, first = page.recorded()[0]
+    text = page.page([(path, first)], (path, first | {"first_seed": 10}))
+    assert (
+        "**Loss on the answers** (seeds 10 to 14)." in text and "Not run yet" not in text.split("## With")[1]
+    )
     assert "{" not in text
 
 
@@ -66,6 +75,15 @@ def test_another_first_seed_shares_nothing_with_the_first():
     assert not {job.seed for job in first if job.steps} & {job.seed for job in second if job.steps}
     root = Path()
     assert not {job.folder(root) for job in first} & {job.folder(root) for job in second}
+
+
+def test_the_loss_on_the_answers_is_that_of_both_sides(tmp_path):
+    options = parse(["--weigh_answers", "--first_seed", "10"])
+    jobs = plan.arms(options, {"SFT": 1e-4, "REFINE": 3e-4}, dict.fromkeys(("REFINE",), 1.4))
+    assert all(job.weighed for job in (*jobs, *plan.selection(options).values()))
+    assert {rate for _, rate in plan.selection(options)} == {3e-5, 1e-4, 3e-4, 1e-3}
+    plain = plan.arms(parse(["--first_seed", "10"]), {"SFT": 1e-4, "REFINE": 3e-4}, {"REFINE": 1.4})
+    assert not {job.folder(tmp_path) for job in jobs} & {job.folder(tmp_path) for job in plain}
 
 
 def test_documents_of_the_first_and_of_a_second_run_are_apart():
