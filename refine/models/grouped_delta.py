@@ -75,6 +75,15 @@ class GroupedGatedDelta(nn.Module):
         """(q, k, v) before the convolution [B, T, D_i], output gate [B, T, HV, V], b and a [B, T, HV]."""
         raise NotImplementedError
 
+    def set_projections(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor) -> None:
+        """Overwrite the weights of what :meth:`_project` gives: [key_dim, hidden] twice, [value_dim, hidden] twice."""
+        raise NotImplementedError
+
+    @property
+    def output(self) -> nn.Linear:
+        """The last projection, [value_dim] -> [hidden]."""
+        return self.out_proj
+
     def _merge(self, o: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """Output norm with its gate, and projection: [B, T, HV, V] twice -> [B, T, hidden]."""
         return self.out_proj(self.norm(o, gate).flatten(2))
@@ -160,6 +169,10 @@ class Qwen3_5GatedDelta(GroupedGatedDelta):
         gate = self.in_proj_z(x).unflatten(-1, (self.value_heads, -1))
         return parts, gate, self.in_proj_b(x), self.in_proj_a(x)
 
+    def set_projections(self, q, k, v, gate) -> None:
+        self.in_proj_qkv.weight.copy_(torch.cat([q, k, v]))
+        self.in_proj_z.weight.copy_(gate)
+
 
 class Qwen3NextGatedDelta(GroupedGatedDelta):
     """Two projections, packed by key head: [q | k | v of the group | gate of the group] and [b | a]."""
@@ -178,6 +191,10 @@ class Qwen3NextGatedDelta(GroupedGatedDelta):
         packed = self.in_proj_ba(x).unflatten(-1, (self.key_heads, -1))
         b, a = (part.flatten(2) for part in packed.split((group, group), dim=-1))
         return (q, k, v), gate.unflatten(-1, (self.value_heads, -1)), b, a
+
+    def set_projections(self, q, k, v, gate) -> None:
+        groups = (weight.unflatten(0, (self.key_heads, -1)) for weight in (q, k, v, gate))
+        self.in_proj_qkvz.weight.copy_(torch.cat(list(groups), 1).flatten(0, 1))
 
 
 class OlmoHybridGatedDelta(GroupedGatedDelta):
@@ -200,6 +217,14 @@ class OlmoHybridGatedDelta(GroupedGatedDelta):
     def _project(self, x: torch.Tensor) -> Projections:
         gate = self.g_proj(x).unflatten(-1, (self.value_heads, -1))
         return (self.q_proj(x), self.k_proj(x), self.v_proj(x)), gate, self.b_proj(x), self.a_proj(x)
+
+    def set_projections(self, q, k, v, gate) -> None:
+        for projection, weight in zip((self.q_proj, self.k_proj, self.v_proj, self.g_proj), (q, k, v, gate)):
+            projection.weight.copy_(weight)
+
+    @property
+    def output(self) -> nn.Linear:
+        return self.o_proj
 
     def _merge(self, o: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         return self.o_proj(self.o_norm(o, gate).flatten(2))

@@ -38,6 +38,29 @@ def test_a_fresh_model_copies(family):
     assert mimetic > 0.1
 
 
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next", "qwen3_5_moe", "olmo_hybrid"])
+def test_a_fresh_hybrid_copies(family):
+    settings = {
+        "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 48,
+        "linear_value_head_dim": 48, "vocab_size": 512, "intermediate_size": 64, "initializer_range": 0.07,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    if family != "olmo_hybrid":
+        settings["head_dim"] = 64
+    if family == "qwen3_5_moe":
+        del settings["intermediate_size"]
+    if family in ("qwen3_next", "qwen3_5_moe"):
+        settings |= {
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        }  # fmt: skip
+    plain = copy_accuracy(new_model(family, **settings))
+    mimetic = copy_accuracy(new_model(family, mimetic_init=True, **settings))
+    assert plain < 0.02
+    assert mimetic > 0.3
+
+
 def test_new_models_follow_their_seed_and_leave_the_generator_alone():
     before = torch.get_rng_state()
     a, b = (new_model("delta_net", seed=4, mimetic_init=True, **SETTINGS) for _ in range(2))
