@@ -76,7 +76,7 @@ class GroupedGatedDelta(nn.Module):
         raise NotImplementedError
 
     def set_projections(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor) -> None:
-        """Overwrite the weights of what :meth:`_project` gives: [key_dim, hidden] twice, [value_dim, hidden] twice."""
+        """Overwrite what :meth:`_project` projects with: [key_dim, hidden] twice, [value_dim, hidden] twice."""
         raise NotImplementedError
 
     @property

@@ -61,6 +61,51 @@ def test_a_fresh_hybrid_copies(family):
     assert mimetic > 0.3
 
 
+LACT = {
+    "hidden_size": 192, "num_hidden_layers": 3, "num_attn_heads": 3, "num_lact_heads": 3, "rope_theta": 1e6,
+    "vocab_size": 512, "intermediate_size": 64, "initializer_range": 0.07, "tie_word_embeddings": True,
+    "ttt_nope": True, "lact_chunk_size": 16, "window_size": 48,
+}  # fmt: skip
+
+
+def test_a_fresh_lact_copies_within_its_window_and_looks_back_by_one():
+    model = new_model("lact", mimetic_init=True, **LACT)
+    assert copy_accuracy(new_model("lact", **LACT)) < 0.02
+    assert copy_accuracy(model) > 0.3
+    added = []
+    model.model.layers[0].attn.register_forward_hook(
+        lambda module, given, found: added.append((given, found))
+    )
+    ids = torch.randint(512, (2, 60), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        model(ids)
+        (x, *_), (found, *_) = added[0]
+        mixer = model.model.layers[0].attn
+        expected = mixer.o_proj(mixer.qkv(x).chunk(3, dim=-1)[2])  # of the values in the same places
+    alike = torch.nn.functional.cosine_similarity(found[:, 1:], expected[:, :-1], dim=-1)
+    assert alike.mean() > 0.9
+
+
+def test_the_common_component_changes_no_prediction():
+    settings = {"num_hidden_layers": 1, "vocab_size": 64, "hidden_size": 32, "tie_word_embeddings": True}
+    plain = new_model("qwen3_5", mimetic_init=True, seed=3, **settings)
+    head, hidden = (
+        plain.lm_head.weight.detach(),
+        torch.randn(5, 32, generator=torch.Generator().manual_seed(1)),
+    )
+    shared = head.mean(1, keepdim=True)
+    assert float((shared - shared.mean()).abs().max()) < 1e-6
+    assert torch.allclose((hidden @ head.T).softmax(-1), (hidden @ (head - shared).T).softmax(-1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_hidden_layers": 1}, {"attn_qk_norm": True}, {"learnable_ttt_scale": False}]
+)
+def test_a_lact_that_cannot_begin_there_is_refused(wrong):
+    with pytest.raises(ValueError, match="mimetic_init needs a LaCT of at least two layers"):
+        new_model("lact", mimetic_init=True, **LACT | wrong)
+
+
 def test_new_models_follow_their_seed_and_leave_the_generator_alone():
     before = torch.get_rng_state()
     a, b = (new_model("delta_net", seed=4, mimetic_init=True, **SETTINGS) for _ in range(2))
