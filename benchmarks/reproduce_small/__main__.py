@@ -14,6 +14,7 @@ from benchmarks.reproduce_small import page, plan, runs
 from benchmarks.reproduce_small.measures import DOCUMENTS, NEEDLES
 from benchmarks.reproduce_small.table import render, summarize
 from benchmarks.results import record
+from refine.prepare import packaged_model
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.one:
         arm, seed, steps, rate, *others = options.one
         job = plan.Job(arm, int(seed), int(steps), float(rate), *map(int, others))
-        return runs.run_one(options.output_dir, job)
+        return runs.run_one(options.output_dir, options.model, job)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     options.until = time.time() + 60 * options.minutes
     timing, before = plan.Job(plan.TIMING), plan.before(options)
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             settings=plan.COMMON
             | {"rollout_length": plan.ROLLOUT, "max_steps": options.steps}
             | (plan.WEIGHED if options.weigh_answers else {}),
-            arms=plan.ARMS, prompts=NEEDLES, documents=DOCUMENTS, jobs=options.jobs,
+            arms=plan.ARMS, prompts=NEEDLES, documents=DOCUMENTS, jobs=options.jobs, model=options.model.name,
         )  # fmt: skip
         print(f"wrote {path}")
         page.write()
@@ -63,6 +64,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="benchmarks.reproduce_small", description=package.__doc__.split("\n")[0]
     )
     parser.add_argument("--output_dir", type=Path, default=runs.ROOT / "runs" / "reproduce-small")
+    parser.add_argument("--model", type=Path, default=packaged_model(), help="what all arms begin with")
     parser.add_argument("--steps", type=int, default=50, help="updates of every arm")
     parser.add_argument("--seeds", type=int, default=5, help="of SFT and of REFINE")
     parser.add_argument("--other_seeds", type=int, default=3, help="of every other arm")
@@ -88,7 +90,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--seeds, --other_seeds, --steps and --jobs must be at least 1")
     if not 0 <= options.first_seed <= plan.SELECT_SEED - max(options.seeds, options.other_seeds):
         parser.error(f"--first_seed: seeds from {plan.SELECT_SEED} on choose the learning rates")
-    options.output_dir = options.output_dir.absolute()
+    options.output_dir, options.model = options.output_dir.absolute(), options.model.absolute()
     return options
 
 

@@ -47,7 +47,7 @@ def run(options, jobs: list[Job]) -> None:
             return
         command = [
             sys.executable, "-m", "benchmarks.reproduce_small", "--output_dir", str(options.output_dir),
-            "--one", *map(str, job),
+            "--model", str(options.model), "--one", *map(str, job),
         ]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         began = time.time()
@@ -89,13 +89,13 @@ def chosen_rates(options) -> dict:
     return {"rows": rows, "chosen": chosen, "minutes": [one["minutes"] for one in found.values()]}
 
 
-def run_one(output_dir: Path, job: Job) -> int:
-    """Train one arm and measure it; ``before`` is measured as it is, ``timing`` times all arms' updates."""
-    from refine.prepare import packaged_model
+def run_one(output_dir: Path, start: Path, job: Job) -> int:
+    """Train one arm from ``start`` and measure it; ``before`` is measured as it is, ``timing`` times all arms'
+    updates."""
     from refine.train import train
     from refine.training.settings import TrainSettings
 
-    began, folder, model = time.time(), job.folder(output_dir), packaged_model()
+    began, folder, model = time.time(), job.folder(output_dir), start
     about = job._asdict()
     folder.mkdir(parents=True, exist_ok=True)
     if job.arm == TIMING:
@@ -105,6 +105,7 @@ def run_one(output_dir: Path, job: Job) -> int:
     if job.steps:
         settings = TrainSettings(
             **COMMON | ARMS["SFT" if arm == EQUAL_TIME else arm] | (WEIGHED if job.weighed else {}),
+            model_name_or_path=str(start),
             output_dir=str(folder / "run"),
             overwrite_output_dir=True,
             max_steps=job.steps,
