@@ -67,8 +67,8 @@ pretrain-tiny: setup
 pretrain-tiny-lact pretrain-tiny-hybrid: pretrain-tiny-%: setup
 	$(BIN)/python -m refine.data.tokenizer --output_dir runs/tiny-tokenizer
 	$(BIN)/python -m refine.train --config pretrain_tiny_$* --overwrite_output_dir
-	$(BIN)/python -m refine.eval --model runs/pretrain-tiny-$*/final --tasks niah_single_1 niah_single_2 --lengths 512 \
-		--samples 100
+	$(BIN)/python -m refine.eval --model runs/pretrain-tiny-$*/final --tasks niah_single_1 niah_single_2 niah_multikey_1 \
+		--lengths 512 1024 --samples 100
 
 clean:
 	rm -rf $(VENV) runs .benchmarks .pytest_cache .ruff_cache build dist site *.egg-info
