@@ -24,6 +24,7 @@ from benchmarks.reproduce_small.words import (
     WEIGHED_RUN,
     about_cost,
     about_earlier,
+    about_lesson,
     about_rates,
     about_steps,
     fill,
@@ -106,15 +107,10 @@ def page(runs: list[Run], answers: Run | None = None) -> str:
 
 def _of_answers(run: Run) -> str:
     table = run[1]["table"]
-    return "\n\n".join(
-        [
-            what_came_out(WEIGHED_RUN, run),
-            render(table),
-            render_others(table, SFT_ARMS),
-            fill(about_steps(table)),
-            render_selection(table["select"]),
-        ]
-    )
+    parts = [what_came_out(WEIGHED_RUN, run), fill(about_lesson(table)), render(table)]
+    if table["refine_minus"]:
+        parts += [render_others(table, SFT_ARMS), fill(about_steps(table))]
+    return "\n\n".join([*parts, render_selection(table["select"])])
 
 
 def _named(runs: list[Run]) -> list[tuple[str, Run]]:

@@ -79,6 +79,25 @@ def about_steps(table: dict) -> str:
     return text
 
 
+def about_lesson(table: dict) -> str:
+    """What SFT itself learned, beside which a difference is to be read."""
+    told = []
+    for name, what in (
+        (MAIN, f"needles found at {2 * LENGTH:,} tokens"),
+        (f"{TASKS[0]}_1x_score", f"{TASKS[0]} at {LENGTH:,}"),
+    ):
+        before, after = (table["measures"][arm][name]["mean"] for arm in ("before", "SFT"))
+        told.append(f"{what}: {100 * before:.1f} to {100 * after:.1f} %")
+    text = f"SFT's own lesson, before and after: {'; '.join(told)}."
+    rates = [row["rate"] for row in table["select"]["rows"]]
+    if set(table["select"]["chosen"].values()) == {min(rates)}:
+        text += (
+            f" Both sides chose the lowest rate, at which {table['arms']['SFT']['updates']} updates change little, "
+            "whichever the gradient: this run excludes a large effect and cannot see a small one."
+        )
+    return text
+
+
 def about_rates(tables: list[dict]) -> str:
     """Which rates were chosen, in words."""
     text = "Each side from one run of its own; the bold rate has the fewest nats of the right answers."
