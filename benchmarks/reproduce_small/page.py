@@ -25,6 +25,7 @@ from benchmarks.reproduce_small.words import (
     about_cost,
     about_earlier,
     about_lesson,
+    about_pass,
     about_rates,
     about_steps,
     fill,
@@ -61,6 +62,18 @@ def recorded() -> list[Run]:
     return [found[again] for again in sorted(found)]
 
 
+def passes_before(run: Run) -> list[Run]:
+    """Older files of the same seeds: a run that was stopped, and made again as a whole."""
+    return [
+        (path, contents)
+        for path, contents in read("reproduce_small")
+        if "select" in contents["table"]
+        and "answer_weight" not in contents.get("settings", {})
+        and (FIRST | contents)["first_seed"] == run[1]["first_seed"]
+        and path != run[0]
+    ]
+
+
 def weighed() -> Run | None:
     """The newest comparison with the loss on the answers."""
     return next(
@@ -80,7 +93,11 @@ def page(runs: list[Run], answers: Run | None = None) -> str:
     return PAGE.format(
         support=SUPPORT.format(rates=", ".join(f"{rate:g}" for rate in RATES), seed=SELECT_SEED),
         again=AGAIN,
-        out="\n\n".join(what_came_out(*run) for run in _named(runs)),
+        out="\n\n".join(
+            part
+            for name, run in _named(runs)
+            for part in (what_came_out(name, run), *(fill(about_pass(*one)) for one in passes_before(run)))
+        ),
         together=TOGETHER.format(
             words=fill(agreement.in_words(*tables)),
             counts=agreement.render_counts(*tables),

@@ -31,6 +31,18 @@ def what_came_out(name: str, run: tuple[str, dict]) -> str:
     return f"{fill(f'{head} {verdict(table)}')}\n\n{fill(made)}"
 
 
+def about_pass(path: str, contents: dict) -> str:
+    """What an earlier pass of a run said to the main comparison."""
+    main = contents["table"]["measures"]["REFINE"][MAIN]
+    points = " to ".join(f"{100 * end:+.2f}" for end in main["interval"])
+    missing = "; ".join(contents["table"]["not_run"])
+    return (
+        f"An earlier pass of the same seeds ({contents['date']}, [file](../{path})) was stopped with these arms "
+        f"not run: {missing}. It had {100 * main['difference']:+.2f} points ({points}): the two passes differ by "
+        "rounding, and for REFINE's time by the number of updates, which follows from a measured time."
+    )
+
+
 def about_cost(tables: list[dict]) -> str:
     """What the updates cost the model, and how long gradients are."""
     found, norms = [], []
