@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from refine.models.layout import BatchLayout
 from refine.models.registry import register_auto_classes
@@ -249,9 +250,10 @@ class _ConvolutionSiLU(torch.autograd.Function):
 
 
 def _pieces(x: torch.Tensor) -> Iterator[tuple[slice, int, int]]:  # [B, T, D]
-    """``(rows, first token, end)`` of pieces that fit a cache, the tokens of a row in order."""
+    """``(rows, first token, end)`` of pieces that fit a cache, the tokens of a row in order. One piece of tensors
+    without data, and for a compiler, which unrolls the pieces."""
     b, t, d = x.shape
-    if x.numel() <= 4 * PIECE:
+    if x.numel() <= 4 * PIECE or x.is_meta or isinstance(x, FakeTensor) or torch.compiler.is_compiling():
         yield slice(None), 0, t
         return
     rows = max(1, min(b, PIECE // (t * d)))
