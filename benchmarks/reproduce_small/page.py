@@ -53,25 +53,22 @@ def write() -> None:
 
 def recorded() -> list[Run]:
     """The newest file from seed 0 and, if there is one, the newest from another seed."""
-    found = {}
-    for path, contents in read("reproduce_small"):
-        # others are ``earlier`` or ``weighed``
-        if "select" in contents["table"] and "answer_weight" not in contents.get("settings", {}):
-            contents = FIRST | contents
-            found[contents["first_seed"] > 0] = (path, contents)
+    found = {contents["first_seed"] > 0: (path, contents) for path, contents in _plain()}
     return [found[again] for again in sorted(found)]
+
+
+def _plain() -> list[Run]:
+    """All files of the comparison with the plain loss, oldest first; others are ``earlier`` or ``weighed``."""
+    return [
+        (path, FIRST | contents)
+        for path, contents in read("reproduce_small")
+        if "select" in contents["table"] and "answer_weight" not in contents.get("settings", {})
+    ]
 
 
 def passes_before(run: Run) -> list[Run]:
     """Older files of the same seeds: a run that was stopped, and made again as a whole."""
-    return [
-        (path, contents)
-        for path, contents in read("reproduce_small")
-        if "select" in contents["table"]
-        and "answer_weight" not in contents.get("settings", {})
-        and (FIRST | contents)["first_seed"] == run[1]["first_seed"]
-        and path != run[0]
-    ]
+    return [one for one in _plain() if one[1]["first_seed"] == run[1]["first_seed"] and one[0] != run[0]]
 
 
 def weighed() -> Run | None:

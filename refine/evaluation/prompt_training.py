@@ -15,10 +15,9 @@ import torch
 
 from refine.data.document import stable_hash
 from refine.evaluation.settings import KINDS
-from refine.method import RefineConfig, RefineStepOutput, Sequences, refine_step
+from refine.method import RefineConfig, RefineStepOutput, Sequences, next_token_loss, refine_step
 from refine.method.rollouts import Rollouts
 from refine.shared_settings import OptimizerSettings
-from refine.training.losses import sequence_loss
 from refine.training.update import adamw, apply_update
 from refine_kernels.linear_logprob import mix_seeds
 
@@ -140,7 +139,7 @@ class PromptTrainer:
         if self.kind == "refine":
             return self._refine(prompt, key, step, drawn).loss
         input_ids = self._ids(prompt)
-        return sequence_loss(self.model, Sequences.of(input_ids), self.config.segment_length)
+        return next_token_loss(self.model, Sequences.of(input_ids), self.config.segment_length)
 
 
 class Snapshot:

@@ -181,7 +181,7 @@ def read(
 
 def next_token_loss(
     model: torch.nn.Module,
-    labelled: LabelledTokens,
+    text: Sequences | LabelledTokens,
     segment_length: int | None = None,
     context: ContextParallel | None = None,
 ) -> torch.Tensor:
@@ -189,15 +189,17 @@ def next_token_loss(
 
     Args:
         model: one of this project's models.
-        labelled: rows padded on the right, each position's target and weight;
-            ``Sequences.of(input_ids, mask).labelled()`` makes the mean over tokens, then over sequences.
+        text: sequences, whose tokens have their weights or else the mean over tokens, then over sequences, as
+            weight; or rows padded on the right with targets and weights of their own.
         segment_length: read by segments of so many tokens; None: in one pass.
         context: the processes that share each row; needs ``segment_length``.
     """
     if segment_length is not None:
+        labelled = text.padded().labelled() if isinstance(text, Sequences) else text
         return SegmentedPass(model, labelled, segment_length, context=context).ntp_loss
+    labelled, places = (text.labelled(), text.places) if isinstance(text, Sequences) else (text, {})
     head = NextTokenLoss(labelled.targets, labelled.row_weight, entropy=False)
-    return model(labelled.input_ids, use_cache=False, head=head).loss
+    return model(labelled.input_ids, use_cache=False, head=head, **places).loss
 
 
 def _sequences(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -21,6 +22,21 @@ from refine.models.registry import register_auto_classes
 from refine_kernels.precision import accumulation_dtype
 
 PIECE = 2**18  # numbers of a short convolution's input that are worked on at a time
+
+
+@torch.no_grad()
+def draw_decay_(
+    A_log: torch.Tensor,  # [heads]
+    dt_bias: torch.Tensor,  # [heads]
+    rates: tuple[float, float],
+    steps: tuple[float, float],
+    least_step: float = 0.0,
+) -> None:
+    """Draw a decay's parameters anew, as Mamba-2 does: A uniform between ``rates``, ``softplus(dt_bias)``
+    log-uniform between ``steps`` and at least ``least_step``."""
+    A_log.uniform_(*rates).log_()
+    step = torch.empty_like(dt_bias).uniform_(*map(math.log, steps)).exp_().clamp_(min=least_step)
+    dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
 
 
 @functools.cache

@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from refine.models.blocks import is_loaded
+from refine.models.blocks import draw_decay_, is_loaded
 from refine.models.body import FastWeightModel
 from refine.models.causal_lm import FastWeightForCausalLM
 from refine.models.config import FastWeightConfig, check_numbers, check_sizes
@@ -86,9 +85,7 @@ class GatedDeltaNetAttention(DeltaNetAttention):
         """Draw the decay anew, by default as Mamba-2 does: A uniform up to ``largest_rate``, softplus(dt_bias)
         log-uniform between ``steps``.
         """
-        self.A_log.uniform_(1e-3, largest_rate).log_()
-        dt = torch.empty_like(self.dt_bias).uniform_(math.log(steps[0]), math.log(steps[1])).exp_()
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        draw_decay_(self.A_log, self.dt_bias, (1e-3, largest_rate), steps)
 
     def log_decay(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, H] float32, at most 0."""

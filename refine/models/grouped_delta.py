@@ -9,14 +9,20 @@ of the convolution. The families differ in how the projections are named and pac
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from refine.models.blocks import GatedRMSNorm, ShortConvolution, causal_convolution, is_loaded, last_inputs
+from refine.models.blocks import (
+    GatedRMSNorm,
+    ShortConvolution,
+    causal_convolution,
+    draw_decay_,
+    is_loaded,
+    last_inputs,
+)
 from refine.models.delta_net import (
     _MAX_VALUE_SIZE,
     _RECURRENT_LENGTH,
@@ -233,11 +239,7 @@ class OlmoHybridGatedDelta(GroupedGatedDelta):
     def reset_decay(self) -> None:
         """A uniform and softplus(dt_bias) log-uniform between the configuration's bounds."""
         c = self.decay
-        self.A_log.uniform_(max(c.linear_a_log_min, 1e-3), c.linear_a_log_max).log_()
-        dt = (
-            torch.empty_like(self.dt_bias)
-            .uniform_(math.log(c.linear_dt_min), math.log(c.linear_dt_max))
-            .exp_()
-        )
-        dt.clamp_(min=c.linear_dt_init_floor)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        draw_decay_(
+            self.A_log, self.dt_bias, (max(c.linear_a_log_min, 1e-3), c.linear_a_log_max),
+            (c.linear_dt_min, c.linear_dt_max), c.linear_dt_init_floor,
+        )  # fmt: skip

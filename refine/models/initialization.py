@@ -34,6 +34,7 @@ import torch
 from torch import nn
 
 from refine.models.attention import FullAttention
+from refine.models.blocks import draw_decay_
 from refine.models.causal_lm import FastWeightForCausalLM
 from refine.models.delta_net import DeltaNetAttention
 from refine.models.gated_delta_net import GatedDeltaNetAttention
@@ -142,9 +143,7 @@ def _init_grouped(mixer: GroupedGatedDelta, common: torch.Tensor, scale: float) 
     parts = mixer.conv1d.weight.split([mixer.key_dim, mixer.key_dim, mixer.value_dim])
     for part, tap in zip(parts, (-1, -2, -1)):
         _init_taps(part, tap)
-    mixer.A_log.uniform_(1e-3, SLOW["largest_rate"]).log_()
-    steps = torch.empty_like(mixer.dt_bias).uniform_(*map(math.log, SLOW["steps"])).exp_()
-    mixer.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))
+    draw_decay_(mixer.A_log, mixer.dt_bias, (1e-3, SLOW["largest_rate"]), SLOW["steps"])
 
 
 def _init_taps(weight: torch.Tensor, tap: int) -> None:

@@ -17,10 +17,9 @@ from refine.data.curriculum import Curriculum
 from refine.data.pairs import PairBatch, PairColumns, PairStream, held_out_pairs, training_pairs
 from refine.data.prompts import PromptBatch, held_out_prompts, training_prompts
 from refine.data.stream import Batch, DataStream, held_out_stream, training_stream
-from refine.method import RefineStepOutput, Sequences, refine_step
+from refine.method import LabelledTokens, RefineStepOutput, Sequences, next_token_loss, refine_step
 from refine.prepare import data_config
 from refine.training.group_phase import GroupPhase, load_reference
-from refine.training.losses import sequence_loss, target_loss
 from refine.training.parallel import World
 from refine.training.settings import TrainSettings
 from refine.training.update import apply_update
@@ -120,7 +119,8 @@ class Phase:
         for batch in held_out:
             batch = batch.to(self.world.device)
             weight = (batch.full_targets != -100).float()
-            total += target_loss(self.model, batch.full_ids, batch.full_targets, weight).item()
+            answers = LabelledTokens(batch.full_ids, batch.full_targets, weight)
+            total += next_token_loss(self.model, answers).item()
             tokens += int(weight.sum())
         return {"eval_answer_loss": total / tokens}
 
@@ -155,7 +155,7 @@ class Phase:
             nonlocal output
             if self.on_text == "sft":
                 sequences = self._sequences(batch, total)
-                loss = sequence_loss(self.model, sequences, settings.segment_length, world.context)
+                loss = next_token_loss(self.model, sequences, settings.segment_length, world.context)
                 found = {"loss": loss, "ntp_loss": loss}
             else:
                 output = self._refine(batch, step, draw, world.context, total)
@@ -187,9 +187,8 @@ class Phase:
 
         def loss_of(batch: PairBatch) -> tuple[torch.Tensor, dict[str, Any]]:
             weight = (batch.full_targets != -100).float() * (world.size / answer_tokens)
-            loss = target_loss(
-                self.model, batch.full_ids, batch.full_targets, weight, settings.segment_length
-            )
+            answers = LabelledTokens(batch.full_ids, batch.full_targets, weight)
+            loss = next_token_loss(self.model, answers, settings.segment_length)
             return loss, {"loss": loss.item()}
 
         losses = [lambda batch=batch: loss_of(batch) for batch in mini_batch]

@@ -93,6 +93,17 @@ def test_weights_of_tokens_weigh_the_next_token_loss_alone(how):
         assert_close(grad, 0.5 * of_text[name] + of_rollouts[name], 1e-6, name)
 
 
+@pytest.mark.parametrize("segment_length", [None, 64])
+def test_packed_and_padded_sequences_have_the_same_next_token_loss(segment_length):
+    model = tiny_model("delta_net", initializer_range=0.15)
+    ids, mask = ragged_batch(*LENGTHS)
+    padded = Sequences.of(ids, mask)
+    expected = next_token_loss(model, padded)
+    assert_close(next_token_loss(model, padded.labelled()), expected, 1e-11, "labelled")
+    for sequences in (padded, padded.packed()):
+        assert_close(next_token_loss(model, sequences, segment_length), expected, 1e-11, "loss")
+
+
 def test_weights_that_do_not_fit_are_named():
     ids, mask = ragged_batch(*LENGTHS)
     for weight, message in (
