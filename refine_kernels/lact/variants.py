@@ -41,12 +41,10 @@ def calls() -> Iterator[Call]:
 
 
 def _demands(dtype: torch.dtype, kernel: str) -> dict:
-    """Without bfloat16 nothing is near a limit, and ptxas may trade a few bytes for fewer registers. Likewise on
-    sm_80, sm_86 and sm_89, where triton 3.9 spills 16 to 40 bytes of two bfloat16 kernels at 384 (3.7: none)."""
+    """Without bfloat16 nothing is near a limit, and ptxas may trade a few bytes for fewer registers."""
     return {
         "tensor_core": kernel in MATRIX_KERNELS and dtype != torch.float32,
-        "spill_budget": 64,
-        "chip_budgets": dict.fromkeys(("sm_90", "sm_100", "sm_120"), 0) if dtype == torch.bfloat16 else {},
+        "spill_budget": 0 if dtype == torch.bfloat16 else 64,
     }
 
 
