@@ -61,7 +61,7 @@ def choose_tiles(kd: int, vd: int, itemsize: int, *, few: bool = False, tensor_m
     scan = Tile(min(whole, 32 if large or few else 64), 4, 2)
     alone = Tile(scan.bv, 4, 1)
     # Four warps: a product of 64 rows stays in one warpgroup, two programs fit a multiprocessor, half the barriers
-    gradient = GradientTile(at_once, min(whole, 64), 4, 1)
+    gradient = GradientTile(at_once, 64 if whole > 64 else min(whole, 32), 4, 1)
     return Tiles(64, alone, scan, scan, alone, Tile(min(whole, 64), 4, 2), gradient)
 
 

@@ -77,9 +77,8 @@ def states_kernel(
         )
         b_w = parts.norms(norms, i_xk, H // REPEAT, tokens, o_i)
         if decays is not None:
-            b_high, b_low, high, low = parts.decays(decays, ALL, i_x, H, tokens, o_i)
-            b_w *= tl.exp((high - b_high) + (low - b_low))
-            b_s *= tl.exp(high)
+            b_w *= parts.to_end(decays, ALL, i_x, H, tokens, o_i, PRECISION)
+            b_s *= parts.through(decays, ALL, i_x, H, tokens)
         if (norms is not None) or (decays is not None):
             b_u = (b_u.to(tl.float32) * b_w[:, None]).to(dtype)
         b_s = tl.dot(tl.trans(b_k), b_u, b_s, input_precision=PRECISION)
@@ -147,8 +146,7 @@ def _of_dq(
     b_k = _columns(k, i_xk, o_i, m_t, o_k, HK, K)
     b_read = tl.zeros(o_i.shape, tl.float32)
     if decays is not None:
-        b_high, _, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_i)
-        b_x *= tl.exp(b_high)[:, None]
+        b_x *= parts.from_start(decays, ALL, i_x, H, tokens, o_i, PRECISION)[:, None]
         b_read = tl.sum(b_x * b_q, 1)
     b_x = tl.dot(b_p, b_k, b_x, input_precision=PRECISION) * scale
     return b_x, b_read, tl.sum(b_x * b_q, 1)
@@ -167,8 +165,7 @@ def _of_dk_written(
     b_q = _columns(q, i_xk, o_i, m_t, o_k, HK, K)
     b_written = tl.zeros(o_i.shape, tl.float32)
     if decays is not None:
-        b_high, b_low, high, low = parts.decays(decays, ALL, i_x, H, tokens, o_i)
-        b_x *= tl.exp((high - b_high) + (low - b_low))[:, None]
+        b_x *= parts.to_end(decays, ALL, i_x, H, tokens, o_i, PRECISION)[:, None]
         b_written = tl.sum(b_x * b_k.to(tl.float32), 1)
     b_x = tl.dot(b_p, b_q, b_x, input_precision=PRECISION)
     b_x = tl.dot(b_e, b_k, b_x, input_precision=PRECISION)
@@ -186,8 +183,7 @@ def _with_dk_read(
     b_y = _through_state(d_r, chunk_states, i_x, i_s, o_i, m_t, o_k, H, K, V, BV, PRECISION)
     b_k = _columns(k, i_xk, o_i, m_t, o_k, HK, K)
     if decays is not None:
-        b_high, _, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_i)
-        b_y *= tl.exp(b_high)[:, None]
+        b_y *= parts.from_start(decays, ALL, i_x, H, tokens, o_i, PRECISION)[:, None]
     b_read = tl.sum(b_y * b_k.to(tl.float32), 1)
     b_x -= b_y * b_beta[:, None]
     b_x = tl.dot(b_e, b_k, b_x, input_precision=PRECISION)
@@ -270,9 +266,9 @@ def gradient_kernel(
     i_s = (i_place.to(tl.int64) * H + i_h) * (K * V)
 
     if decays is not None:
-        through = _sum_of_products(chunk_states, d_chunk_states, i_s, o_k, K, V, BV)
+        kept = _sum_of_products(chunk_states, d_chunk_states, i_s, o_k, K, V, BV)
         if TWO:
-            through += _sum_of_products(chunk_states, d_chunk_states, i_s, BK + o_k, K, V, BV)
+            kept += _sum_of_products(chunk_states, d_chunk_states, i_s, BK + o_k, K, V, BV)
 
     # dq = e^G dO S^T + dP K
     b_p = tl.zeros((BT, BT), tl.float32)
@@ -283,13 +279,10 @@ def gradient_kernel(
         b_p = tl.dot(b_do, tl.trans(b_u), b_p, input_precision=PRECISION)
     o_j, o_r = parts.anew(o_i, i_c, 19), parts.anew(o_i, i_c, 23)
     b_nq = parts.norms_of_q(norms, ALL, REPEAT, i_xk, HK, tokens, o_r)
-    b_p = tl.where(
-        o_r[:, None] >= o_j[None, :], b_p * parts.norms(norms, i_xk, HK, tokens, o_j)[None, :], 0.0
-    )
+    m_p = o_r[:, None] >= o_j[None, :]
+    b_p = tl.where(m_p, b_p * parts.norms(norms, i_xk, HK, tokens, o_j)[None, :], 0.0)
     if decays is not None:
-        b_high, b_low, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_r)
-        c_high, c_low, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_j)
-        b_p *= parts.between_unmasked(b_high[:, None], b_low[:, None], c_high[None, :], c_low[None, :])
+        b_p *= parts.between(decays, ALL, i_x, H, tokens, o_r, o_j, m_p, PRECISION)
         b_q = _columns(q, i_xk, o_r, o_r < tokens, o_k, HK, K)
         b_k = _columns(k, i_xk, o_r, o_r < tokens, o_k, HK, K)
         b_f = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
@@ -334,12 +327,11 @@ def gradient_kernel(
     c_nq = parts.norms_of_q(norms, ALL, REPEAT, i_xk, HK, tokens, o_j) * scale
     c_nk = parts.norms(norms, i_xk, HK, tokens, o_j)
     c_beta = tl.load(beta + i_x + o_j * H, mask=o_j < tokens, other=0).to(tl.float32)
-    b_p = tl.where(o_r[:, None] <= o_j[None, :], b_p * c_nq[None, :], 0.0)
+    m_p = o_r[:, None] <= o_j[None, :]
+    b_p = tl.where(m_p, b_p * c_nq[None, :], 0.0)
     b_e = tl.where(o_r[:, None] < o_j[None, :], -b_e * (c_nk * c_beta)[None, :], 0.0)
     if decays is not None:
-        b_high, b_low, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_r)
-        c_high, c_low, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_j)
-        b_d = parts.between_unmasked(c_high[None, :], c_low[None, :], b_high[:, None], b_low[:, None])
+        b_d = parts.between(decays, ALL, i_x, H, tokens, o_r, o_j, m_p, PRECISION, TRANSPOSED=True)
         b_p *= b_d
         b_e *= b_d
     b_h, b_e = b_p.to(dtype), b_e.to(dtype)
@@ -378,11 +370,10 @@ def gradient_kernel(
     b_nk = parts.norms(norms, i_xk, HK, tokens, o_r)
     c_nk = parts.norms(norms, i_xk, HK, tokens, o_j)
     b_beta = tl.load(beta + i_x + o_r * H, mask=o_r < tokens, other=0).to(tl.float32)
-    b_e = tl.where(o_r[:, None] > o_j[None, :], -b_e * c_nk[None, :], 0.0)
+    m_p = o_r[:, None] > o_j[None, :]
+    b_e = tl.where(m_p, -b_e * c_nk[None, :], 0.0)
     if decays is not None:
-        b_high, b_low, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_r)
-        c_high, c_low, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_j)
-        b_e *= parts.between_unmasked(b_high[:, None], b_low[:, None], c_high[None, :], c_low[None, :])
+        b_e *= parts.between(decays, ALL, i_x, H, tokens, o_r, o_j, m_p, PRECISION)
     b_h = (b_e * b_beta[:, None]).to(dtype)
     b_k = _columns(k, i_xk, o_r, o_r < tokens, o_k, HK, K)
     b_f = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
@@ -422,6 +413,5 @@ def gradient_kernel(
         b_dg += b_read * b_beta
         # written by a token: the decays of all later ones of the chunk keep it
         b_dg = tl.cumsum(b_dg, 0, reverse=True) + (tl.cumsum(b_written, 0) - b_written)
-        _, _, high, _ = parts.decays(decays, ALL, i_x, H, tokens, o_i)
-        b_dg += through * tl.exp(high)
+        b_dg += kept * parts.through(decays, ALL, i_x, H, tokens)
         tl.store(sums + ALL + i_x + o_i * H, b_dg, mask=m_t)

@@ -3,8 +3,14 @@ the compiler from holding in registers what is cheaper worked out again."""
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LARGEST = tl.constexpr(200.0)  # logarithm to base 2 of a decay: 64 of them fit an int32 of UNITs
+UNIT = tl.constexpr(2.0**-17)  # of such a logarithm
 
 
 @triton.jit
@@ -58,35 +64,93 @@ def norms_of_q(q_norms, ALL, REPEAT: tl.constexpr, i_xk, HK, tokens, o_i):
 
 @triton.jit
 def sum_decays(g, o_x, m_t):
-    """Running sums of the log-decays inside the chunk, [BT] each, as a pair of float32 whose sum is exact to
-    float64: after a strong decay one float32 no longer resolves the weak ones that follow."""
-    b_g = tl.load(g + o_x, mask=m_t, other=0).to(tl.float64)
-    b_g = tl.where(b_g < -1e4, -1e4, b_g)
+    """Running sums G of the decays' logarithms to base 2 inside the chunk, [BT] each: in whole UNITs, int32, and
+    the rest in float32. Differences of whole numbers are exact, where after a strong decay one float32 no longer
+    resolves the weak ones that follow. What decays by 2^-200 is gone; a NaN stays in the rest."""
+    b_g = tl.load(g + o_x, mask=m_t, other=0).to(tl.float64) * LOG2_E
+    b_g = tl.where(b_g < -LARGEST, -LARGEST, tl.where(b_g > LARGEST, LARGEST, b_g))
     b_sum = tl.cumsum(b_g, 0)
-    b_high = b_sum.to(tl.float32)
-    return b_high, (b_sum - b_high.to(tl.float64)).to(tl.float32)
+    b_whole = tl.floor(tl.where(b_sum == b_sum, b_sum, 0.0) / UNIT + 0.5)
+    return b_whole.to(tl.int32), (b_sum - b_whole * UNIT).to(tl.float32)
 
 
 @triton.jit
-def decays(decays, ALL, i_x, H, tokens, o_i):
-    """What ``inverse_kernel`` wrote of a chunk of ``tokens`` tokens, whose first is at ``i_x``: the pair for each,
-    [BT], and for the last one. There is no more decay behind it."""
-    o_x = i_x + tl.minimum(o_i, tokens - 1) * H
-    last = decays + i_x + (tokens - 1) * H
-    return tl.load(decays + o_x), tl.load(decays + ALL + o_x), tl.load(last), tl.load(last + ALL)
+def store_sums(decays, ALL, o_x, b_whole, b_rest, m_t):
+    """What :func:`sum_decays` gave, for the kernels to come: the whole numbers' bits, then the rests."""
+    tl.store(decays + o_x, b_whole.to(tl.float32, bitcast=True), mask=m_t)
+    tl.store(decays + ALL + o_x, b_rest, mask=m_t)
 
 
 @triton.jit
-def between(b_high_i, b_low_i, b_high_j, b_low_j, m):
-    """``exp(G_i - G_j)`` where ``m`` (i >= j) and 0 elsewhere: masked before exp, which could overflow there."""
-    return tl.where(m, tl.exp(tl.where(m, (b_high_i - b_high_j) + (b_low_i - b_low_j), 0.0)), 0.0)
+def _sums(decays, i_x, H, tokens, o_i):
+    """Whole UNITs of G of a chunk of ``tokens`` tokens whose first is at ``i_x``; no more decay behind its end."""
+    return tl.load(decays + i_x + tl.minimum(o_i, tokens - 1) * H).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def between_unmasked(b_high_i, b_low_i, b_high_j, b_low_j):
-    """``exp(G_i - G_j)`` where i >= j, something finite elsewhere, where the caller multiplies a zero by it.
-    gradient_kernel has no registers for the mask. Growth (g > 0) inside a chunk is cut off at exp(80)."""
-    return tl.exp(tl.minimum((b_high_i - b_high_j) + (b_low_i - b_low_j), 80.0))
+def _rests(decays, ALL, i_x, H, tokens, o_i):
+    """The rest of it, at most 4e-6."""
+    return tl.load(decays + ALL + i_x + tl.minimum(o_i, tokens - 1) * H)
+
+
+@triton.jit
+def from_start(decays, ALL, i_x, H, tokens, o_i, PRECISION: tl.constexpr):
+    """``e^{G_i}``, [BT]. Rests count where float32 is multiplied in full."""
+    b_sum = _sums(decays, i_x, H, tokens, o_i).to(tl.float32) * UNIT
+    if PRECISION == "ieee":
+        b_sum += _rests(decays, ALL, i_x, H, tokens, o_i)
+    return tl.exp2(b_sum)
+
+
+@triton.jit
+def to_end(decays, ALL, i_x, H, tokens, o_i, PRECISION: tl.constexpr):
+    """``e^{G_C - G_i}``, [BT]."""
+    b_sum = _sums(decays, i_x, H, tokens, tokens - 1) - _sums(decays, i_x, H, tokens, o_i)
+    b_sum = b_sum.to(tl.float32) * UNIT
+    if PRECISION == "ieee":
+        b_sum += _rests(decays, ALL, i_x, H, tokens, tokens - 1)
+        b_sum -= _rests(decays, ALL, i_x, H, tokens, o_i)
+    return tl.exp2(b_sum)
+
+
+@triton.jit
+def through(decays, ALL, i_x, H, tokens):
+    """``e^{G_C}``, with its rest: what a state loses in thousands of chunks is a product of them."""
+    whole = _sums(decays, i_x, H, tokens, tokens - 1).to(tl.float32)
+    return tl.exp2(whole * UNIT + _rests(decays, ALL, i_x, H, tokens, tokens - 1))
+
+
+@triton.jit
+def _exponents(decays, ALL, i_x, H, tokens, o_i, o_j, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """``G_i - G_j``, or ``G_j - G_i``. [BT, BT], rows i."""
+    b_whole = _sums(decays, i_x, H, tokens, o_i)[:, None] - _sums(decays, i_x, H, tokens, o_j)[None, :]
+    b_sum = b_whole.to(tl.float32) * (-UNIT if TRANSPOSED else UNIT)
+    if PRECISION == "ieee":
+        b_rest = _rests(decays, ALL, i_x, H, tokens, o_i)[:, None]
+        b_rest -= _rests(decays, ALL, i_x, H, tokens, o_j)[None, :]
+        b_sum += -b_rest if TRANSPOSED else b_rest
+    return b_sum
+
+
+@triton.jit
+def between(
+    decays, ALL, i_x, H, tokens, o_i, o_j, m, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr = False
+):
+    """``e^{G_i - G_j}``, TRANSPOSED ``e^{G_j - G_i}``, where ``m`` and 0 elsewhere. [BT, BT], rows i."""
+    return _masked_exp2(_exponents(decays, ALL, i_x, H, tokens, o_i, o_j, PRECISION, TRANSPOSED), m)
+
+
+@triton.jit
+def between_sums(b_whole, b_rest, m, dtype: tl.constexpr):
+    """The same from what :func:`sum_decays` gave, in ``dtype``."""
+    b_sum = (b_whole[:, None] - b_whole[None, :]).to(dtype) * UNIT
+    return _masked_exp2(b_sum + (b_rest.to(dtype)[:, None] - b_rest.to(dtype)[None, :]), m)
+
+
+@triton.jit
+def _masked_exp2(b_x, m):
+    """Masked before exp2, which could overflow elsewhere."""
+    return tl.exp2(tl.where(m, b_x, -1000.0))
 
 
 @triton.jit

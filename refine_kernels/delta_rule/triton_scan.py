@@ -18,7 +18,7 @@ def inverse_kernel(
     beta,  # [B, T, H]
     g,  # [B, T, H] or None
     inverse,  # [B, T, H, BT]
-    decays,  # [2, B, T, H] float32, or None without g
+    decays,  # [2, B, T, H] float32 (parts.store_sums), or None without g
     norms,  # [2, B, T, H / REPEAT] float32, of k and of q, or None: not normalised
     cu_seqlens,  # [N + 1] or None
     owners,  # [places] or None
@@ -83,11 +83,9 @@ def inverse_kernel(
     b_a = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION, out_dtype=dtype)
     b_a = b_a * (b_beta.to(dtype) * b_nk)[:, None] * b_nk[None, :]
     if g is not None:
-        b_high, b_low = parts.sum_decays(g + i_x, o_x, m_t)
-        tl.store(decays + i_x + o_x, b_high, mask=m_t)
-        tl.store(decays + ALL + i_x + o_x, b_low, mask=m_t)
-        b_high, b_low = b_high.to(dtype), b_low.to(dtype)
-        b_a *= parts.between(b_high[:, None], b_low[:, None], b_high[None, :], b_low[None, :], m_below)
+        b_whole, b_rest = parts.sum_decays(g + i_x, o_x, m_t)
+        parts.store_sums(decays, ALL, i_x + o_x, b_whole, b_rest, m_t)
+        b_a *= parts.between_sums(b_whole, b_rest, m_below, dtype)
     b_a = tl.where(m_below, b_a, 0.0)
 
     # blocks of OWN tokens on the diagonal, [NB, OWN, OWN]
@@ -232,8 +230,7 @@ def scan_kernel(
         b_beta = tl.where(m_t, b_beta, 0.0)
         b_read = parts.norms(norms, i_xk, HK, tokens, o_i)  # factors of K where it reads the state
         if decays is not None:
-            b_high, b_low, high, low = parts.decays(decays, ALL, i_x, H, tokens, o_i)
-            b_read *= tl.exp(b_high)
+            b_read *= parts.from_start(decays, ALL, i_x, H, tokens, o_i, PRECISION)
 
         b_v = parts.tile(v + i_x * V, o_l, H, o_v, V, BV).to(tl.float32)
         if maps is not None:
@@ -255,19 +252,18 @@ def scan_kernel(
             m_p = o_j[:, None] >= o_j[None, :]
             b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_nq[:, None]
             if decays is not None:
-                p_high, p_low, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_j)
-                b_p *= parts.between(p_high[:, None], p_low[:, None], p_high[None, :], p_low[None, :], m_p)
-                b_nq *= tl.exp(p_high)
-            b_p = tl.where(m_p, b_p, 0.0)
+                b_p *= parts.between(decays, ALL, i_x, H, tokens, o_j, o_j, m_p, PRECISION)
+                b_nq *= parts.from_start(decays, ALL, i_x, H, tokens, o_j, PRECISION)
+            else:
+                b_p = tl.where(m_p, b_p, 0.0)
             b_o = tl.dot(b_q, b_h, input_precision=PRECISION) * b_nq[:, None]
             b_o = tl.dot(b_p.to(dtype), b_w.to(dtype), b_o, input_precision=PRECISION)
             o_j = parts.anew(o_i, i_c, 6)
             o_w = (o_j * H)[:, None] * V + o_v[None, :]
             tl.store(o + i_x * V + o_w, b_o.to(dtype), mask=(o_j < tokens)[:, None] & m_v[None, :])
         if decays is not None:
-            b_high, b_low, high, low = parts.decays(decays, ALL, i_x, H, tokens, parts.anew(o_i, i_c, 1))
-            b_w *= tl.exp((high - b_high) + (low - b_low))[:, None]
-            b_s *= tl.exp(high)
+            b_w *= parts.to_end(decays, ALL, i_x, H, tokens, parts.anew(o_i, i_c, 1), PRECISION)[:, None]
+            b_s *= parts.through(decays, ALL, i_x, H, tokens)
         b_s = tl.dot(tl.trans(b_k), b_w.to(dtype), b_s, input_precision=PRECISION)
 
     if maps is not None:
@@ -403,12 +399,12 @@ def reverse_kernel(
         b_du = tl.dot(b_k, b_dh, input_precision=PRECISION)
         b_read, b_write = -b_nk * b_beta, b_nk
         if decays is not None:
-            p_high, p_low, _, _ = parts.decays(decays, ALL, i_x, H, tokens, o_p)
-            b_p *= parts.between(p_high[None, :], p_low[None, :], p_high[:, None], p_low[:, None], m_p)
-            b_high, b_low, high, low = parts.decays(decays, ALL, i_x, H, tokens, o_j)
-            b_write *= tl.exp((high - b_high) + (low - b_low))
-            b_read *= tl.exp(b_high)
-        b_p = tl.where(m_p, b_p, 0.0)
+            b_p *= parts.between(decays, ALL, i_x, H, tokens, o_p, o_p, m_p, PRECISION, TRANSPOSED=True)
+            b_write *= parts.to_end(decays, ALL, i_x, H, tokens, o_j, PRECISION)
+            b_start = parts.from_start(decays, ALL, i_x, H, tokens, o_j, PRECISION)
+            b_read *= b_start
+        else:
+            b_p = tl.where(m_p, b_p, 0.0)
 
         b_du *= b_write[:, None]
         b_du = tl.dot(b_p.to(dtype), b_x.to(dtype), b_du, input_precision=PRECISION)
@@ -418,8 +414,8 @@ def reverse_kernel(
             o_w = (o_j * H)[:, None] * V + o_v[None, :]
             tl.store(d_r + i_x * V + o_w, b_dr.to(dtype), mask=(o_j < tokens)[:, None] & m_v[None, :])
         if decays is not None:
-            b_ds *= tl.exp(high)
-            b_x *= tl.exp(b_high)[:, None]
+            b_ds *= parts.through(decays, ALL, i_x, H, tokens)
+            b_x *= b_start[:, None]
         b_ds = tl.dot(tl.trans(b_q), b_x.to(dtype), b_ds, input_precision=PRECISION)
         b_ds = tl.dot(tl.trans(b_k), (b_read[:, None] * b_dr).to(dtype), b_ds, input_precision=PRECISION)
         if d_states is not None:  # noqa: SIM102

@@ -191,10 +191,12 @@ def output(
 
 @triton.jit
 def tokens_of(i_block, i_entry, L, C, OFFSET, BT: tl.constexpr):
-    """``(o_t [BT], end)``: the tokens of a chunk's block, and where the chunk ends among the L at hand."""
-    start = tl.maximum(i_entry * C - OFFSET, 0)
+    """``(start, o_t [BT], m_t [BT])``: the first token of a chunk's block among the L at hand, its tokens counted
+    from there in 32 bits (64 would take two registers each), and which of them the chunk has."""
+    start = tl.maximum(i_entry * C - OFFSET, 0) + i_block * BT
     end = tl.minimum((i_entry + 1) * C - OFFSET, L)
-    return start + i_block * BT + tl.arange(0, BT), end
+    o_t = tl.arange(0, BT)
+    return start, o_t, o_t < end - start
 
 
 @triton.jit
@@ -204,7 +206,7 @@ def times_rows(b_acc, x, o_t, m_t, s_t, w, o_c, W_ROWS, WIDTH: tl.constexpr, COL
     for i_k in range(0, WIDTH, BK):
         o_k = i_k + tl.arange(0, BK)
         m_k = o_k < WIDTH
-        b_x = tl.load(x + o_t[:, None] * s_t + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)
+        b_x = tl.load(x + (o_t[:, None] * s_t + o_k[None, :]), mask=m_t[:, None] & m_k[None, :], other=0.0)
         b_w = tl.load(
             w + o_k[:, None] + o_c[None, :] * W_ROWS, mask=m_k[:, None] & (o_c < COLUMNS)[None, :], other=0.0
         )
@@ -219,7 +221,7 @@ def times_columns(b_acc, x, o_t, m_t, s_t, w, o_c, W_ROWS, WIDTH: tl.constexpr, 
     for i_k in range(0, WIDTH, BK):
         o_k = i_k + tl.arange(0, BK)
         m_k = o_k < WIDTH
-        b_x = tl.load(x + o_t[:, None] * s_t + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)
+        b_x = tl.load(x + (o_t[:, None] * s_t + o_k[None, :]), mask=m_t[:, None] & m_k[None, :], other=0.0)
         b_w = tl.load(
             w + o_k[:, None] * W_ROWS + o_c[None, :], mask=m_k[:, None] & (o_c < COLUMNS)[None, :], other=0.0
         )
@@ -257,11 +259,10 @@ def hidden_kernel(
     i_h, i_block = i_pid % NH, i_pid // NH
     i_entry, i_block = i_block // BLOCKS, i_block % BLOCKS
     i_n, i_entry = i_entry // S, i_entry % S
-    o_t, end = tokens_of(i_block, i_entry, L, C, OFFSET, BT)
-    m_t = o_t < end
-    o_h = i_h * BH + tl.arange(0, BH)
+    start, o_t, m_t = tokens_of(i_block, i_entry, L, C, OFFSET, BT)
+    o_h = i_h.to(tl.int32) * BH + tl.arange(0, BH)
     m_h = o_h < DH
-    x += i_n * s_x_n
+    x += i_n * s_x_n + start * s_x_t
     w += i_n * s_w_n + i_entry * s_w_s
 
     b_y0 = tl.zeros((BT, BH), tl.float32)
@@ -269,7 +270,7 @@ def hidden_kernel(
     for i_k in range(0, DK, BK):
         o_k = i_k + tl.arange(0, BK)
         m_k = o_k < DK
-        b_x = tl.load(x + o_t[:, None] * s_x_t + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)
+        b_x = tl.load(x + (o_t[:, None] * s_x_t + o_k[None, :]), mask=m_t[:, None] & m_k[None, :], other=0.0)
         p_w = w + o_k[:, None] + o_h[None, :] * DK
         m_w = m_k[:, None] & m_h[None, :]
         b_w0 = tl.load(p_w, mask=m_w, other=0.0)
@@ -277,26 +278,26 @@ def hidden_kernel(
         b_y0 = tl.dot(b_x, b_w0, b_y0, input_precision=PRECISION)
         b_y2 = tl.dot(b_x, b_w2, b_y2, input_precision=PRECISION)
     m_o = m_t[:, None] & m_h[None, :]
-    p_h = h + i_n * L * DH + o_t[:, None] * DH + o_h[None, :]
+    p_h = h + (i_n * L + start) * DH + (o_t[:, None] * DH + o_h[None, :])
     b_s = tl.sigmoid(b_y0)
     b_a = b_y0 * b_s
     b_h = b_a * b_y2
     if rates is not None:
-        p_r = rates + i_n * s_r_n + o_t * s_r_t
+        p_r = rates + i_n * s_r_n + start * s_r_t + o_t * s_r_t
         b_h *= tl.load(p_r + 1, mask=m_t, other=0.0)[:, None]
     tl.store(p_h, b_h.to(h.dtype.element_ty), mask=m_o)
     if u is not None:
         b_d = b_y2 * (b_s + b_a * (1 - b_s))
         b_g = tl.zeros((BT, BH), tl.float32)
-        b_g = times_columns(
-            b_g, u + i_n * s_u_n, o_t, m_t, s_u_t, w + 2 * DH * DK, o_h, DH, DV, DH, BK, PRECISION
-        )
+        u += i_n * s_u_n + start * s_u_t
+        w += 2 * DH * DK
+        b_g = times_columns(b_g, u, o_t, m_t, s_u_t, w, o_h, DH, DV, DH, BK, PRECISION)
         b_d *= b_g
         b_a *= b_g
         if rates is not None:
             b_d *= tl.load(p_r, mask=m_t, other=0.0)[:, None]
             b_a *= tl.load(p_r + 2, mask=m_t, other=0.0)[:, None]
-        p_d = d + i_n * L * 2 * DH + o_t[:, None] * (2 * DH) + o_h[None, :]
+        p_d = d + (i_n * L + start) * (2 * DH) + (o_t[:, None] * (2 * DH) + o_h[None, :])
         tl.store(p_d, b_d.to(d.dtype.element_ty), mask=m_o)
         tl.store(p_d + DH, b_a.to(d.dtype.element_ty), mask=m_o)
 
@@ -389,32 +390,30 @@ def output_kernel(
     i_c, i_block = i_pid % (NK + NV), i_pid // (NK + NV)
     i_entry, i_block = i_block // BLOCKS, i_block % BLOCKS
     i_n, i_entry = i_entry // S, i_entry % S
-    o_t, end = tokens_of(i_block, i_entry, L, C, OFFSET, BT)
-    m_t = o_t < end
+    start, o_t, m_t = tokens_of(i_block, i_entry, L, C, OFFSET, BT)
+    i_c = i_c.to(tl.int32)
     b_o = tl.zeros((BT, BN), tl.float32)
     if i_c < NK:
         if o_keys is not None:
             o_c = i_c * BN + tl.arange(0, BN)
             p_w = w_k1 + i_n * s_wk1_n + i_entry * s_wk1_s
-            b_o = times_columns(
-                b_o, d1 + i_n * s_d1_n, o_t, m_t, s_d1_t, p_w, o_c, DK, 2 * DH, DK, BK, PRECISION
-            )
+            p_x = d1 + i_n * s_d1_n + start * s_d1_t
+            b_o = times_columns(b_o, p_x, o_t, m_t, s_d1_t, p_w, o_c, DK, 2 * DH, DK, BK, PRECISION)
             if d2 is not None:
                 p_w = w_k2 + i_n * s_wk2_n + i_entry * s_wk2_s
-                b_o = times_columns(
-                    b_o, d2 + i_n * s_d2_n, o_t, m_t, s_d2_t, p_w, o_c, DK, 2 * DH, DK, BK, PRECISION
-                )
-            p_o = o_keys + i_n * s_ok_n + o_t[:, None] * s_ok_t + o_c[None, :]
+                p_x = d2 + i_n * s_d2_n + start * s_d2_t
+                b_o = times_columns(b_o, p_x, o_t, m_t, s_d2_t, p_w, o_c, DK, 2 * DH, DK, BK, PRECISION)
+            p_o = o_keys + i_n * s_ok_n + start * s_ok_t + (o_t[:, None] * s_ok_t + o_c[None, :])
             tl.store(p_o, b_o.to(o_keys.dtype.element_ty), mask=m_t[:, None] & (o_c < DK)[None, :])
     else:
         if o_values is not None:
             o_c = (i_c - NK) * BN + tl.arange(0, BN)
             p_w = w_v1 + i_n * s_wv1_n + i_entry * s_wv1_s + 2 * DH * DK
-            b_o = times_rows(b_o, h1 + i_n * s_h1_n, o_t, m_t, s_h1_t, p_w, o_c, DH, DH, DV, BK, PRECISION)
+            p_x = h1 + i_n * s_h1_n + start * s_h1_t
+            b_o = times_rows(b_o, p_x, o_t, m_t, s_h1_t, p_w, o_c, DH, DH, DV, BK, PRECISION)
             if h2 is not None:
                 p_w = w_v2 + i_n * s_wv2_n + i_entry * s_wv2_s + 2 * DH * DK
-                b_o = times_rows(
-                    b_o, h2 + i_n * s_h2_n, o_t, m_t, s_h2_t, p_w, o_c, DH, DH, DV, BK, PRECISION
-                )
-            p_o = o_values + i_n * s_ov_n + o_t[:, None] * s_ov_t + o_c[None, :]
+                p_x = h2 + i_n * s_h2_n + start * s_h2_t
+                b_o = times_rows(b_o, p_x, o_t, m_t, s_h2_t, p_w, o_c, DH, DH, DV, BK, PRECISION)
+            p_o = o_values + i_n * s_ov_n + start * s_ov_t + (o_t[:, None] * s_ov_t + o_c[None, :])
             tl.store(p_o, b_o.to(o_values.dtype.element_ty), mask=m_t[:, None] & (o_c < DV)[None, :])

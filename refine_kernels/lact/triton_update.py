@@ -514,12 +514,11 @@ def hidden_backward_kernel(
     i_pid = tl.program_id(0).to(tl.int64)
     i_h, i_block = i_pid % NH, i_pid // NH
     i_n, i_block = i_block // BLOCKS, i_block % BLOCKS
-    o_t, end = tokens_of(i_block, 0, C, C, 0, BT)
-    m_t = o_t < end
-    o_h = i_h * BH + tl.arange(0, BH)
+    start, o_t, m_t = tokens_of(i_block, 0, C, C, 0, BT)
+    o_h = i_h.to(tl.int32) * BH + tl.arange(0, BH)
     m_h = o_h < DH
-    k += i_n * s_k_n
-    v += i_n * s_v_n
+    k += i_n * s_k_n + start * s_k_t
+    v += i_n * s_v_n + start * s_v_t
     w += i_n * s_w_n
     c += i_n * s_c_n
 
@@ -530,7 +529,7 @@ def hidden_backward_kernel(
     for i_k in range(0, DK, BK):
         o_k = i_k + tl.arange(0, BK)
         m_k = o_k < DK
-        b_k = tl.load(k + o_t[:, None] * s_k_t + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)
+        b_k = tl.load(k + (o_t[:, None] * s_k_t + o_k[None, :]), mask=m_t[:, None] & m_k[None, :], other=0.0)
         o_w = o_k[:, None] + o_h[None, :] * DK
         m_w = m_k[:, None] & m_h[None, :]
         b_y0 = tl.dot(b_k, tl.load(w + o_w, mask=m_w, other=0.0), b_y0, input_precision=PRECISION)
@@ -543,13 +542,13 @@ def hidden_backward_kernel(
     for i_v in range(0, DV, BK):
         o_v = i_v + tl.arange(0, BK)
         m_v = o_v < DV
-        b_v = tl.load(v + o_t[:, None] * s_v_t + o_v[None, :], mask=m_t[:, None] & m_v[None, :], other=0.0)
+        b_v = tl.load(v + (o_t[:, None] * s_v_t + o_v[None, :]), mask=m_t[:, None] & m_v[None, :], other=0.0)
         o_w = 2 * DH * DK + o_v[:, None] * DH + o_h[None, :]
         m_w = m_v[:, None] & m_h[None, :]
         b_g = tl.dot(b_v, tl.load(w + o_w, mask=m_w, other=0.0), b_g, input_precision=PRECISION)
         b_e1 = tl.dot(b_v, tl.load(c + o_w, mask=m_w, other=0.0), b_e1, input_precision=PRECISION)
 
-    p_r = rates + i_n * s_r_n + o_t * s_r_t
+    p_r = rates + i_n * s_r_n + start * s_r_t + o_t * s_r_t
     b_r0 = tl.load(p_r, mask=m_t, other=0.0)[:, None]
     b_r1 = tl.load(p_r + 1, mask=m_t, other=0.0)[:, None]
     b_r2 = tl.load(p_r + 2, mask=m_t, other=0.0)[:, None]
@@ -557,14 +556,18 @@ def hidden_backward_kernel(
     b_a = b_y0 * b_s
     b_slope = b_s + b_a * (1 - b_s)  # silu'
     b_curve = b_s * (1 - b_s) * (2 + b_y0 * (1 - 2 * b_s))  # silu''
-    p_dr = d_rates + i_h * s_dr_h + i_n * s_dr_n + o_t * s_dr_t
+    p_dr = d_rates + i_h * s_dr_h + i_n * s_dr_n + start * s_dr_t + o_t * s_dr_t
     tl.store(p_dr, tl.sum(b_e0 * b_g * b_y2 * b_slope, 1), mask=m_t)
     tl.store(p_dr + 1, tl.sum(b_e1 * b_y2 * b_a, 1), mask=m_t)
     tl.store(p_dr + 2, tl.sum(b_e2 * b_g * b_a, 1), mask=m_t)
 
     m_o = m_t[:, None] & m_h[None, :]
-    o_1 = i_n * C * DH + o_t[:, None] * DH + o_h[None, :]
-    o_2 = i_n * C * 2 * DH + o_t[:, None] * (2 * DH) + o_h[None, :]
+    h += (i_n * C + start) * DH
+    d_g += (i_n * C + start) * DH
+    d += (i_n * C + start) * (2 * DH)
+    d_y += (i_n * C + start) * (2 * DH)
+    o_1 = o_t[:, None] * DH + o_h[None, :]
+    o_2 = o_t[:, None] * (2 * DH) + o_h[None, :]
     tl.store(h + o_1, (b_r1 * b_y2 * b_a).to(h.dtype.element_ty), mask=m_o)
     tl.store(d + o_2, (b_r0 * b_g * b_y2 * b_slope).to(h.dtype.element_ty), mask=m_o)
     tl.store(d + o_2 + DH, (b_r2 * b_g * b_a).to(h.dtype.element_ty), mask=m_o)
