@@ -25,7 +25,13 @@ from tests.numerics import relative_error
 from tests.refine_kernels import test_delta_rule as shared
 from tests.refine_kernels import test_delta_rule_recurrent_triton as recurrent
 from tests.refine_kernels import test_lact as lact
-from tests.refine_kernels.test_linear_logprob import QUANTITIES, as_float64, make_head, with_gradients
+from tests.refine_kernels.test_linear_logprob import (
+    QUANTITIES,
+    as_float64,
+    make_head,
+    sizes_summed,
+    with_gradients,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -215,7 +221,13 @@ def test_linear_logprob(N, D, V):
     plains = with_gradients(rounded, inputs, target, upstream)
     for name, value, plain, truth in zip(QUANTITIES, results, plains, truths):
         error, plain_error = relative_error(value, truth), relative_error(plain, truth)
-        assert error <= min(plain_error, 5e-3 if name.startswith("d") else 1e-5), f"{name} {error:.1e}"
+        if (
+            name == "db"
+        ):  # few numbers, where plain ones may be right by luck: terms and sums are rounded once each
+            terms = 2**-9 * sizes_summed(inputs, upstream)["db"] / truth.norm().item()
+            plain_error = max(plain_error, relative_error(truth.bfloat16(), truth) + terms)
+        allowed = min(plain_error, 5e-3 if name.startswith("d") else 1e-5)
+        assert error <= allowed, f"{name} {error:.1e} against {allowed:.1e}"
 
 
 @ON_DEVICE
