@@ -15,6 +15,7 @@ import torch
 from refine import RefineConfig, refine_step
 from refine.method import next_token_targets
 from refine.models import MODELS, DeltaNetConfig, LaCTConfig
+from refine.models.body import checkpoint_activations
 from refine.models.head import HiddenOnly, NextTokenLoss
 from refine.models.state import map_state
 
@@ -112,7 +113,7 @@ def kept_bytes(config, tokens: int, way: str, checkpointing: bool) -> int:
         model = MODELS[config.model_type](config).train()
         torch.set_default_dtype(before)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
 
         def note(x: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from benchmarks.cost_model import PUBLISHED
 from refine import RefineConfig, load_model, refine_step
 from refine.models import LaCTForCausalLM, new_model
 from refine.models.adapters import add_adapters
+from refine.models.body import checkpoint_activations
 
 # Qwen3.5, dense: what its sizes differ in. All have heads of 256 with 64 rotated and 16 key heads of 128.
 SIZES = {
@@ -70,7 +71,7 @@ def main() -> None:
     done("512 tokens read")
     if options.lora:
         model = add_adapters(model, options.size)
-    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model.train())
     trained = [p for p in model.parameters() if p.requires_grad]
     print(f"{sum(p.numel() for p in trained):,} parameters are trained")
     optimizer = torch.optim.SGD(trained, lr=1e-3)

@@ -22,6 +22,7 @@ from benchmarks.timing import keep_pages, paired_ratio, release_pages
 from refine import RefineConfig, refine_step
 from refine.method import next_token_targets
 from refine.models import new_model
+from refine.models.body import checkpoint_activations
 from refine.models.head import HiddenOnly, NextTokenLoss
 
 WAYS = ("sft", "shared_prefix", "per_prefix")
@@ -78,7 +79,7 @@ def model_of_the_table(model: str = "delta_net") -> torch.nn.Module:
     settings = {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 4096} | (MODELS | LARGE)[model][1]
     net = new_model(model.split("-")[0], **settings).train()
     if model in LARGE:
-        net.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(net)
     return net
 
 

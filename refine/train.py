@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from refine.commands import answer_help
+from refine.models.body import checkpoint_activations
 
 if __name__ == "__main__":
     answer_help("train", sys.argv[1:])  # before the seconds that the imports below take
@@ -191,7 +192,7 @@ class _Run:
         try_reward(settings, model.config.hidden_size)
         model.to(world.device)
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         self.model = wrap(model, world, torch.bfloat16 if settings.bf16 else None)
         with terminal.stage("reading the data"):
             self.stream, self.held_out = open_streams(settings, self.tokenizer, world)

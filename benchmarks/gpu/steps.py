@@ -16,6 +16,7 @@ from refine import RefineConfig, refine_step
 from refine.method import next_token_targets
 from refine.method.sampling import sample_rollouts
 from refine.models import MODELS, new_model
+from refine.models.body import checkpoint_activations
 from refine.models.head import HiddenOnly, NextTokenLoss
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 100, "intermediate_size": 32}
@@ -76,7 +77,7 @@ def steps(
     count = sum(p.numel() for p in model.parameters()) / 1e9
     for tokens, checkpointing in lengths:
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         ids = torch.randint(vocabulary, (1, tokens), device=DEVICE)
         lengths = torch.tensor([tokens], device=DEVICE)
         seeds = torch.tensor([1], device=DEVICE)
@@ -163,7 +164,7 @@ def prompt_once(
 ) -> Iterator[Row]:  # fmt: skip
     """An update on n completions of one prompt: read once, and n times."""
     model = build(name, layers)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     for prompt, tokens, n in sizes:
         batch = {k: x.to(DEVICE) for k, x in make_batch(prompt, tokens, n, model.config.vocab_size).items()}
         times, memory = {}, {}

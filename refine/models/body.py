@@ -265,3 +265,10 @@ def _check_stride(state_stride) -> None:
     whole = isinstance(state_stride, int) and not isinstance(state_stride, bool)
     if state_stride is not None and (not whole or state_stride < 64 or state_stride % 64):
         raise ValueError(f"state_stride must be a positive multiple of 64, got {state_stride!r}")
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep the inputs of each layer alone for the backward, which runs the layer again."""
+    # transformers 5.24 has it by another name and warns of the old one
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

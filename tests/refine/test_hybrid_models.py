@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from refine.models.body import checkpoint_activations
 from tests.numerics import assert_close, relative_error
 from tests.refine.hybrids import FAMILIES, VOCABULARY, hybrid, on_this_processor, transformers_model
 
@@ -126,7 +127,7 @@ def test_gradient_checkpointing_changes_nothing():
     model = hybrid("qwen3_5_text").train()
     ids = torch.randint(VOCABULARY, (1, 70))
     expected = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     for got, grad in zip(
         torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters())), expected
     ):

@@ -19,6 +19,7 @@ from refine.models import (
     export,
     new_model,
 )
+from refine.models.body import checkpoint_activations
 from refine.models.head import HiddenOnly, NextTokenLoss, SampleToken, TokenLogprob
 from refine.prepare import packaged_model
 from tests.numerics import assert_close
@@ -202,7 +203,7 @@ def test_gradient_checkpointing_changes_nothing(family):
     for checkpointing in (False, True):
         model = tiny_model(family).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         config = refine.RefineConfig(num_chunks=2)
         output = refine.refine_step(model, ids, config, seeds=torch.tensor([5]))
         output.loss.backward()

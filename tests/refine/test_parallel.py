@@ -18,6 +18,7 @@ import torch.multiprocessing as mp
 
 from refine import RefineConfig, refine_step
 from refine.method import Sequences, next_token_loss
+from refine.models.body import checkpoint_activations
 from refine.training.parallel import clip_gradients, full_weights, join_world, unwrap, wrap
 from tests.clients.families import HYBRIDS, tiny_model
 from tests.numerics import assert_gradients_close, relative_error
@@ -90,7 +91,7 @@ def one_of_two(world, case) -> tuple[float, dict[str, torch.Tensor]]:
     family, _, kind, accumulation, checkpointing, segment, bf16 = case
     model = tiny_model(family, torch.float32, initializer_range=0.15).train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     model = wrap(model, world, torch.bfloat16 if bf16 else None)
     rows = [0, 1] if world.rank == 0 else [2, 3]
     parts = [rows] if accumulation == 1 else [[row] for row in rows]

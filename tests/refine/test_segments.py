@@ -18,6 +18,7 @@ from refine.method import ContextParallel, Sequences, next_token_loss
 from refine.method.one_pass import OnePass
 from refine.method.segmented_pass import SegmentedPass, segment_borders
 from refine.method.selection import select_positions
+from refine.models.body import checkpoint_activations
 from tests.clients.families import HYBRIDS, tiny_model
 from tests.numerics import assert_close, assert_gradients_close
 from tests.refine.tiny import FAMILIES, ragged_batch
@@ -113,13 +114,15 @@ def test_a_step_by_segments_is_the_step(family):
 def test_segments_work_with_gradient_checkpointing_and_autocast():
     model = tiny_model("delta_net", torch.float32, initializer_range=0.15).train()
     expected = gradients(model, in_segments(model, "sft", None, 128)[0])
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     got = gradients(model, in_segments(model, "sft", None, 128)[0])
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = in_segments(model, "sft", None, 128)
-    rounded = gradients(model, loss)  # outside autocast, as a trainer calls it
     assert_gradients_close(got, expected, 1e-6)
-    assert_gradients_close(rounded, expected, 0.2)
+    rounded = []  # weights may magnify bfloat16's rounding to anything, but the same in both
+    for read, given in ((in_one_pass, ()), (in_segments, (128,))):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = read(model, "sft", None, *given)
+        rounded.append(gradients(model, loss))  # outside autocast, as a trainer calls it
+    assert_gradients_close(rounded[1], rounded[0], 2e-2)
 
 
 def test_without_a_gradient_nothing_is_attached():
