@@ -65,22 +65,14 @@ def states_kernel(
         i_x = (begin + i_c * BT) * H + i_h  # the chunk's first
         i_xk = i_x // REPEAT  # of the key head
         tokens = tl.minimum(length - i_c * BT, BT)
-        m_t = o_i < tokens
-        b_k = tl.load(
-            k + i_xk * K + ((o_i * (H // REPEAT))[:, None] * K + o_k[None, :]),
-            mask=m_t[:, None] & (o_k < K)[None, :], other=0,
-        )  # fmt: skip
-        b_u = tl.load(
-            u + i_x * V + ((o_i * H)[:, None] * V + o_v[None, :]),
-            mask=m_t[:, None] & (o_v < V)[None, :],
-            other=0,
-        )
-        b_w = parts.norms(norms, i_xk, H // REPEAT, tokens, o_i)
+        o_l, m_t = parts.rows(tokens, o_i, i_c, 5)
+        b_k = parts.tile(k + i_xk * K, o_l, H // REPEAT, o_k, K, BK)
+        b_u = parts.tile(u + i_x * V, o_l, H, o_v, V, BV)
+        b_w = tl.where(m_t, parts.norms(norms, i_xk, H // REPEAT, tokens, o_i), 0.0)
         if decays is not None:
             b_w *= parts.to_end(decays, ALL, i_x, H, tokens, o_i, PRECISION)
             b_s *= parts.through(decays, ALL, i_x, H, tokens)
-        if (norms is not None) or (decays is not None):
-            b_u = (b_u.to(tl.float32) * b_w[:, None]).to(dtype)
+        b_u = (b_u.to(tl.float32) * b_w[:, None]).to(dtype)
         b_s = tl.dot(tl.trans(b_k), b_u, b_s, input_precision=PRECISION)
 
 

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-LARGEST = tl.constexpr(200.0)  # logarithm to base 2 of a decay: 64 of them fit an int32 of UNITs
-UNIT = tl.constexpr(2.0**-17)  # of such a logarithm
+LARGEST = tl.constexpr(200.0)  # logarithm to base 2 of a decay: 64 of them fit an int32 of GRAINs
+# Of such a logarithm. Negative: decays are numbers above 0 then, whose bits are no NaN where they lie in a float32
+GRAIN = tl.constexpr(-(2.0**-17))
 
 
 @triton.jit
@@ -64,14 +65,14 @@ def norms_of_q(q_norms, ALL, REPEAT: tl.constexpr, i_xk, HK, tokens, o_i):
 
 @triton.jit
 def sum_decays(g, o_x, m_t):
-    """Running sums G of the decays' logarithms to base 2 inside the chunk, [BT] each: in whole UNITs, int32, and
+    """Running sums G of the decays' logarithms to base 2 inside the chunk, [BT] each: in whole GRAINs, int32, and
     the rest in float32. Differences of whole numbers are exact, where after a strong decay one float32 no longer
     resolves the weak ones that follow. What decays by 2^-200 is gone; a NaN stays in the rest."""
     b_g = tl.load(g + o_x, mask=m_t, other=0).to(tl.float64) * LOG2_E
     b_g = tl.where(b_g < -LARGEST, -LARGEST, tl.where(b_g > LARGEST, LARGEST, b_g))
     b_sum = tl.cumsum(b_g, 0)
-    b_whole = tl.floor(tl.where(b_sum == b_sum, b_sum, 0.0) / UNIT + 0.5)
-    return b_whole.to(tl.int32), (b_sum - b_whole * UNIT).to(tl.float32)
+    b_whole = tl.floor(tl.where(b_sum == b_sum, b_sum, 0.0) / GRAIN + 0.5)
+    return b_whole.to(tl.int32), (b_sum - b_whole * GRAIN).to(tl.float32)
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def store_sums(decays, ALL, o_x, b_whole, b_rest, m_t):
 
 @triton.jit
 def _sums(decays, i_x, H, tokens, o_i):
-    """Whole UNITs of G of a chunk of ``tokens`` tokens whose first is at ``i_x``; no more decay behind its end."""
+    """Whole GRAINs of G of a chunk of ``tokens`` tokens whose first is at ``i_x``; no more decay behind its end."""
     return tl.load(decays + i_x + tl.minimum(o_i, tokens - 1) * H).to(tl.int32, bitcast=True)
 
 
@@ -96,7 +97,7 @@ def _rests(decays, ALL, i_x, H, tokens, o_i):
 @triton.jit
 def from_start(decays, ALL, i_x, H, tokens, o_i, PRECISION: tl.constexpr):
     """``e^{G_i}``, [BT]. Rests count where float32 is multiplied in full."""
-    b_sum = _sums(decays, i_x, H, tokens, o_i).to(tl.float32) * UNIT
+    b_sum = _sums(decays, i_x, H, tokens, o_i).to(tl.float32) * GRAIN
     if PRECISION == "ieee":
         b_sum += _rests(decays, ALL, i_x, H, tokens, o_i)
     return tl.exp2(b_sum)
@@ -106,7 +107,7 @@ def from_start(decays, ALL, i_x, H, tokens, o_i, PRECISION: tl.constexpr):
 def to_end(decays, ALL, i_x, H, tokens, o_i, PRECISION: tl.constexpr):
     """``e^{G_C - G_i}``, [BT]."""
     b_sum = _sums(decays, i_x, H, tokens, tokens - 1) - _sums(decays, i_x, H, tokens, o_i)
-    b_sum = b_sum.to(tl.float32) * UNIT
+    b_sum = b_sum.to(tl.float32) * GRAIN
     if PRECISION == "ieee":
         b_sum += _rests(decays, ALL, i_x, H, tokens, tokens - 1)
         b_sum -= _rests(decays, ALL, i_x, H, tokens, o_i)
@@ -117,14 +118,14 @@ def to_end(decays, ALL, i_x, H, tokens, o_i, PRECISION: tl.constexpr):
 def through(decays, ALL, i_x, H, tokens):
     """``e^{G_C}``, with its rest: what a state loses in thousands of chunks is a product of them."""
     whole = _sums(decays, i_x, H, tokens, tokens - 1).to(tl.float32)
-    return tl.exp2(whole * UNIT + _rests(decays, ALL, i_x, H, tokens, tokens - 1))
+    return tl.exp2(whole * GRAIN + _rests(decays, ALL, i_x, H, tokens, tokens - 1))
 
 
 @triton.jit
 def _exponents(decays, ALL, i_x, H, tokens, o_i, o_j, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
     """``G_i - G_j``, or ``G_j - G_i``. [BT, BT], rows i."""
     b_whole = _sums(decays, i_x, H, tokens, o_i)[:, None] - _sums(decays, i_x, H, tokens, o_j)[None, :]
-    b_sum = b_whole.to(tl.float32) * (-UNIT if TRANSPOSED else UNIT)
+    b_sum = b_whole.to(tl.float32) * (-GRAIN if TRANSPOSED else GRAIN)
     if PRECISION == "ieee":
         b_rest = _rests(decays, ALL, i_x, H, tokens, o_i)[:, None]
         b_rest -= _rests(decays, ALL, i_x, H, tokens, o_j)[None, :]
@@ -143,7 +144,7 @@ def between(
 @triton.jit
 def between_sums(b_whole, b_rest, m, dtype: tl.constexpr):
     """The same from what :func:`sum_decays` gave, in ``dtype``."""
-    b_sum = (b_whole[:, None] - b_whole[None, :]).to(dtype) * UNIT
+    b_sum = (b_whole[:, None] - b_whole[None, :]).to(dtype) * GRAIN
     return _masked_exp2(b_sum + (b_rest.to(dtype)[:, None] - b_rest.to(dtype)[None, :]), m)
 
 

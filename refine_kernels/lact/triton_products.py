@@ -61,7 +61,7 @@ def arithmetic_of(dtype: torch.dtype) -> Arithmetic:
 def hidden_tile(dtype: torch.dtype, tokens: int) -> Tile:
     """For `hidden_kernel`: two accumulators, or three with u. ``tokens`` are those of a chunk."""
     if tokens <= 16:  # decoding: the weights are what is read
-        return Tile(16, 64, 64, 4, 3) if dtype == torch.bfloat16 else Tile(16, 32, 16, 4, 2)
+        return Tile(16, 32, 64, 4, 3) if dtype == torch.bfloat16 else Tile(16, 32, 16, 4, 2)
     return Tile(128, 64, 64, 8, 3) if dtype == torch.bfloat16 else Tile(32, 32, 32, 4, 2)
 
 
@@ -76,7 +76,7 @@ def output_tile(dtype: torch.dtype, tokens: int, widths: Widths) -> Tile:
         return Tile(16, 64, 64, 4, 3) if dtype == torch.bfloat16 else Tile(16, 32, 32, 4, 2)
     if dtype == torch.bfloat16 and all(width % 16 == 0 for width in widths):
         return Tile(128, 128, 64, 8, 3)
-    return Tile(64, 64, 32, 8, 2)
+    return Tile(64, 64, 32, 8, 1)
 
 
 def choose_splits(rows: int, entries: int, tokens: int, widths: Widths, tile: Tile) -> int:
