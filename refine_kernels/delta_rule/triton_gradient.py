@@ -351,11 +351,8 @@ def gradient_kernel(
         b_dr = tl.load(d_r + i_x * V + o_xv, mask=m_tv, other=0)
         b_e = tl.dot(b_dr, tl.trans(b_u), b_e, input_precision=PRECISION)
         b_r = b_dr.to(tl.float32)
-        if decays is None:
-            b_v = tl.load(v + i_x * V + o_xv, mask=m_tv & b_small[:, None], other=0).to(tl.float32)
-            b_v += b_u.to(tl.float32) * b_by[:, None]
-        else:
-            b_v = tl.load(v + i_x * V + o_xv, mask=m_tv, other=0).to(tl.float32)
+        b_v = tl.load(v + i_x * V + o_xv, mask=m_tv & b_small[:, None], other=0).to(tl.float32)
+        b_v += b_u.to(tl.float32) * b_by[:, None]
         b_dbeta += tl.sum(b_r * b_v, 1)
         tl.store(dv + i_x * V + o_xv, (b_r * b_beta[:, None]).to(dtype), mask=m_tv)
     o_j, o_r = parts.anew(o_i, i_c, 13), parts.anew(o_i, i_c, 14)
@@ -395,10 +392,7 @@ def gradient_kernel(
     )
 
     b_read *= -b_nk
-    if decays is None:
-        b_dbeta += tl.where(tl.abs(b_beta) < SMALL, b_fl + b_read, 0.0)
-    else:
-        b_dbeta += b_fl + b_read
+    b_dbeta += tl.where(tl.abs(b_beta) < SMALL, b_fl + b_read, 0.0)
     tl.store(sums + i_x + o_i * H, b_dbeta, mask=m_t)
     if decays is not None:
         b_written *= b_nk
