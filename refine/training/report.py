@@ -135,6 +135,8 @@ def print_report(
             else:
                 row = f"{'-':>9} {fixed(after[key]):>9} {'-':>9}"
             say(f"{name:<26}{row}")
-    say(f"\nmodel    {output_dir / 'final'}")
-    for what, path in made.items():
-        say(f"{what:<8} {path}")
+    files = {"model": output_dir / "final", **made}
+    width = max(map(len, files))
+    say("")
+    for what, path in files.items():
+        say(f"{what.replace('_', ' '):<{width}}  {path}")
