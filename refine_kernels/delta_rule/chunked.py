@@ -476,8 +476,9 @@ def _gradients(
 
     # Through the pairs, of all chunks at once.
     d_rows[:, c:] = d_r
+    # Above the diagonal, where no decay is between, products of what grew (g > 0) may leave float32
     d_p, d_a = torch.bmm(d_rows, u.transpose(1, 2)).split(c, 1)
-    d_a = d_a.neg()
+    d_p, d_a = d_p.tril(), d_a.neg().tril_(-1)
     weighted = d_a * seg.lower
     d_beta = (d_r * r).sum(-1) + weighted.sum(-1)
     if d_decay is not None:

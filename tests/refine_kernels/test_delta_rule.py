@@ -296,6 +296,14 @@ def test_float32_gates_beside_bfloat16_tokens():
     assert_same(actual, expected, 4e-3)
 
 
+def test_growth():
+    """A gate that grows by e^82 in 64 tokens: what stands above the diagonal overflows and must not count."""
+    inputs = make_inputs(1, 64, 1, 16, 16)
+    inputs["g"] = torch.full((1, 64, 1), 82 / 63)
+    inputs["k"] *= 1e-3  # states that stay small beside what they grow by
+    assert_same(run(inputs), run(to_double(inputs), backend="reference"), 1e-5)
+
+
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_autocast_keeps_states_and_arithmetic_in_float32(tokens):
     """What is not rounded to bfloat16 at the end is exact to float32, in the backward under autocast too."""

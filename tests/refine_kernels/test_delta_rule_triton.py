@@ -149,6 +149,37 @@ def test_gates_of_another_dtype():
     assert actual["dbeta"].dtype == actual["dg"].dtype == torch.float32 and actual["dq"].dtype == torch.half
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strong", [-90.0, -500.0, -float("inf")])
+def test_weak_decays_behind_a_strong_one(dtype, strong):
+    """Inside a chunk, where their sum in one float32 would no longer resolve them."""
+    inputs = make_inputs(1, 100, 1, 16, 16, dtype=dtype)
+    inputs["g"] = torch.full((1, 100, 1), -3e-3)
+    inputs["g"][:, [7, 8, 9, 70]] = strong
+    check(inputs, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decays_multiply_up_over_many_chunks(dtype):
+    """Nothing is written: what is left of a state is the product of all chunks' decays."""
+    tokens, decay = 2048, -3e-6
+    zeros = torch.zeros(1, tokens, 1, 16, dtype=dtype, device=DEVICE)
+    g = torch.full((1, tokens, 1), decay, device=DEVICE)
+    state = torch.ones(1, 1, 16, 16, device=DEVICE)
+    given = {"g": g, "initial_state": state, "output_final_state": True, "backend": "triton"}
+    _, final = chunk_delta_rule(zeros, zeros, zeros, zeros[..., 0], **given)
+    left = torch.tensor(tokens * g[0, 0, 0].double().item()).exp()
+    assert_close(final.double(), left.expand_as(final), 1e-6, "what is left")
+
+
+def test_growth_is_not_cut_off():
+    """A gate that grows by e^82 within a chunk, forward and backward."""
+    inputs = make_inputs(1, 64, 1, 16, 16)
+    inputs["g"] = torch.full((1, 64, 1), 82 / 63)
+    inputs["k"] *= 1e-3  # states that stay small beside what they grow by
+    check(inputs, 1e-5)
+
+
 # --- sequences split over programs ------------------------------------------------------------------------
 
 
