@@ -99,7 +99,7 @@ def test_gradients_are_summed_in_one_order():
 
 
 def test_decays_above_zero():
-    """A gate that grows: within a chunk by up to exp(80), nothing is cut off."""
+    """A gate that grows: nothing is cut off."""
     check_chunks(make_inputs(2, 100, 1, 1, 16, 24, gated=True, growing=True), 1)
     strong = make_inputs(1, 64, 1, 1, 16, 8, gated=True)
     strong["g"] = torch.full_like(strong["g"], 0.5)
