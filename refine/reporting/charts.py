@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ _VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "grid"} | {
     color: f"s{number}" for number, color in enumerate(_SERIES)
 }
 SERIES = len(_SERIES)  # colours; further curves begin anew
+_STROKES, _MARKERS = ("-", (0, (4, 1.5)), ":"), "osD"  # of several curves of one colour
 _SIZE = (4.3, 2.5)  # inches
 
 
@@ -78,23 +80,31 @@ def draw_curves(name: str, curves: Sequence[Curve], up: str, logarithmic: bool =
     with _figure() as figure:
         axes = figure.add_subplot()
         pale = 0.25 if len({curve.color for curve in curves}) > 1 else 0.4
+        named = (
+            Counter()
+        )  # curves so far, by colour and kind: the next one of a colour is told apart by its stroke
         for curve in curves:
             color = _SERIES[curve.color % SERIES]
+            before = named[color, curve.dots]
+            named[color, curve.dots] += bool(curve.label)
             if curve.dots:
-                _draw_dots(axes, curve, color)
+                _draw_dots(axes, curve, color, _MARKERS[before % len(_MARKERS)])
                 continue
             line = thin(curve.points)
+            stroke = {
+                "color": color,
+                "linestyle": _STROKES[before % len(_STROKES)],
+                "label": curve.label or None,
+            }
             if line.per_point > 1:
                 axes.fill_between(line.steps, line.least, line.most, color=color, alpha=0.18, linewidth=0)
-                axes.plot(line.steps, line.mean, color=color, linewidth=1.4, label=curve.label or None)
+                axes.plot(line.steps, line.mean, linewidth=1.4, **stroke)
                 continue
             if not curve.smooth:
-                axes.plot(line.steps, line.mean, color=color, linewidth=1.6, label=curve.label or None)
+                axes.plot(line.steps, line.mean, linewidth=1.6, **stroke)
                 continue
             axes.plot(line.steps, line.mean, color=color, linewidth=0.8, alpha=pale)
-            axes.plot(
-                line.steps, running_mean(line.mean), color=color, linewidth=1.6, label=curve.label or None
-            )
+            axes.plot(line.steps, running_mean(line.mean), linewidth=1.6, **stroke)
         values = [value for curve in curves for _, value in curve.points]
         if logarithmic and min(values) > 0 and max(values) > 20 * min(values):
             axes.set_yscale("log")
@@ -145,7 +155,7 @@ def draw_needles(task: str, needles: NeedleShares) -> str:
         return _svg(figure, f"{task}: needles found, in percent")
 
 
-def _draw_dots(axes: Any, curve: Curve, color: str) -> None:
+def _draw_dots(axes: Any, curve: Curve, color: str, marker: str) -> None:
     steps, values = zip(*curve.points)
     if curve.intervals is not None:
         reach = [
@@ -153,11 +163,13 @@ def _draw_dots(axes: Any, curve: Curve, color: str) -> None:
             [max(0.0, high - value) for value, (_, high) in zip(values, curve.intervals)],
         ]
         axes.errorbar(
-            steps, values, reach, fmt="o--", color=color, markersize=4, linewidth=1, capsize=3,
+            steps, values, reach, fmt=f"{marker}--", color=color, markersize=4, linewidth=1, capsize=3,
             label=curve.label or None,
         )  # fmt: skip
     else:
-        axes.plot(steps, values, "o--", color=color, markersize=4, linewidth=1, label=curve.label or None)
+        axes.plot(
+            steps, values, f"{marker}--", color=color, markersize=4, linewidth=1, label=curve.label or None
+        )
 
 
 @contextmanager

@@ -128,6 +128,16 @@ def test_a_thinned_curve_keeps_means_and_extremes():
     assert thin(points[:5], 100).mean.tolist() == [1, 2, 3, 4, 5]
 
 
+def test_curves_of_one_colour_differ_in_their_stroke():
+    pytest.importorskip("matplotlib")
+
+    def drawn(*colours):
+        curves = [Curve(f"run {n}", [(1, 1.0), (2, 3.0)], color) for n, color in enumerate(colours)]
+        return draw_curves("loss", curves, "nats")
+
+    assert "stroke-dasharray" not in drawn(0, 1) and "stroke-dasharray" in drawn(0, 0)
+
+
 def test_a_curve_that_spans_decades_is_labelled_in_numbers():
     pytest.importorskip("matplotlib")
     drawn = draw_curves("norm", [Curve("a", [(1, 0.1), (2, 1.0), (3, 1000.0)], 0)], "", logarithmic=True)
