@@ -202,7 +202,8 @@ def test_split_parity(rows, kd, vd, gated):
 @pytest.mark.parametrize("through", [("o",), ("final_state",), ("states",)], ids="+".join)
 @pytest.mark.parametrize("tokens", [1, 255, 256, 257, 769])
 def test_split_gradients_from_any_output(tokens, through):
-    check(make_inputs(1, tokens, 1, 16, 8), state_stride=256, through=through)
+    heads = 4 if tokens == 1 else 1  # one dbeta alone may nearly cancel
+    check(make_inputs(1, tokens, heads, 16, 8), state_stride=256, through=through)
 
 
 @pytest.mark.usefixtures("_split")
