@@ -80,9 +80,7 @@ def draw_curves(name: str, curves: Sequence[Curve], up: str, logarithmic: bool =
     with _figure() as figure:
         axes = figure.add_subplot()
         pale = 0.25 if len({curve.color for curve in curves}) > 1 else 0.4
-        named = (
-            Counter()
-        )  # curves so far, by colour and kind: the next one of a colour is told apart by its stroke
+        named = Counter()  # curves so far by colour and kind: the next of a colour has another stroke
         for curve in curves:
             color = _SERIES[curve.color % SERIES]
             before = named[color, curve.dots]

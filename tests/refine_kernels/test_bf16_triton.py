@@ -29,7 +29,7 @@ from tests.refine_kernels.test_linear_logprob import (
     QUANTITIES,
     as_float64,
     make_head,
-    sizes_summed,
+    summed_in_db,
     with_gradients,
 )
 
@@ -221,10 +221,9 @@ def test_linear_logprob(N, D, V):
     plains = with_gradients(rounded, inputs, target, upstream)
     for name, value, plain, truth in zip(QUANTITIES, results, plains, truths):
         error, plain_error = relative_error(value, truth), relative_error(plain, truth)
-        if (
-            name == "db"
-        ):  # few numbers, where plain ones may be right by luck: terms and sums are rounded once each
-            terms = 2**-9 * sizes_summed(inputs, upstream)["db"] / truth.norm().item()
+        if name == "db":
+            # few numbers, where plain ones may be right by luck: terms and sums are rounded once each
+            terms = 2**-9 * summed_in_db(upstream) / truth.norm().item()
             plain_error = max(plain_error, relative_error(truth.bfloat16(), truth) + terms)
         allowed = min(plain_error, 5e-3 if name.startswith("d") else 1e-5)
         assert error <= allowed, f"{name} {error:.1e} against {allowed:.1e}"
