@@ -56,7 +56,8 @@ def choose_tiles(kd: int, vd: int, itemsize: int, *, few: bool = False, tensor_m
     if tensor_memory or max(bk, whole) > 128 or (itemsize > 2 and max(bk, whole) > 64):
         bv = min(whole, 16 if bk > 128 else 32)
         tile = Tile(bv, 4, 1)
-        return Tiles(32, tile, tile, tile, tile, tile, GradientTile(at_once, bv, 4, 1))
+        states = Tile(bv, 4, 2 if tensor_memory else 1)  # what spills less
+        return Tiles(32, tile, tile, tile, tile, states, GradientTile(at_once, bv, 4, 1))
     large = bk == 128
     scan = Tile(min(whole, 32 if large or few else 64), 4, 2)
     alone = Tile(scan.bv, 4, 1)
