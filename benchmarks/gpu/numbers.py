@@ -116,6 +116,7 @@ def delta(
     comparable = k == v and k in (64, 128, 256) and dtype == "bfloat16" and value_heads is None
     peers = {n: f for n, f in delta_peers(gated).items() if n == "fla" and comparable}
     worst: dict[str, dict[str, float]] = {name: {} for name in ("ours", *peers)}
+    beside: dict[str, float] = {}  # ours, of the calls that fla made
     options = {"use_qk_l2norm_in_kernel": True}
     for t, stride in itertools.product(lengths, (None, 64)):
         inputs = delta_inputs(
@@ -134,17 +135,14 @@ def delta(
                 except RuntimeError as refusal:  # fla's gated rule before Triton 3.7.1 on Hopper, say
                     print(f"  {name}: {str(refusal).splitlines()[0]}")
         for name, result in found.items():
-            for output, error in errors_of(*result, *expected).items():
-                beside = [name, "ours beside fla"] if name == "ours" and "fla" in found else [name]
-                for column in beside:
-                    errors = worst.setdefault(column, {})
-                    errors[output] = max(errors.get(output, 0.0), error)
-    ours = worst.pop("ours beside fla", {})
+            errors = errors_of(*result, *expected)
+            for column in (worst[name], *([beside] if name == "ours" and "fla" in found else [])):
+                column |= {output: max(column.get(output, 0.0), error) for output, error in errors.items()}
     text = []
     for name, errors in worst.items():
         where = max(errors, key=errors.get)
         text.append(f"{name} {errors[where]:.1e} ({where})")
-    ratios = {n: ours[n] / e for n, e in worst.get("fla", {}).items() if e}
+    ratios = {n: beside[n] / e for n, e in worst.get("fla", {}).items() if e}
     if ratios:
         largest = max(ratios, key=ratios.get)
         text.append(f"at most {ratios[largest]:.2f} of fla's ({largest})")
