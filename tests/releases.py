@@ -1,10 +1,12 @@
 """``python tests/releases.py``: the suite under other releases, threads, instruction sets, seeds, one line each.
 
-Makes a throw-away environment per set (under ``.releases/``, kept for the next time), installs the set beside this
-checkout and runs the tests that are not slow. What should change no result is shifted along with the releases, so
-that a few sets cover all of it: the threads of each process, PyTorch's instruction set (one that the processor
-lacks becomes the largest it has; the line says which it was) and every seed. Takes up to 25 minutes and up to 6 GB
-of downloads per set, so it is not part of the suite. A Python that is not installed is said and left out.
+Makes a throw-away environment per set (under ``.releases/``, up to 7 GB, removed after its run unless ``--keep`` is
+given), installs the set beside this checkout and runs the tests that are not slow. What should change no result is
+shifted along with the releases, so that a few sets cover all of it: the threads of each process, PyTorch's
+instruction set (one that the processor lacks becomes the largest it has; its line says so) and every seed.
+A set takes up to 25 minutes, so this is not part of the suite. A Python that is not installed is said and left out.
+Which release of a set a failure belongs to, ``--with`` tells: ``python tests/releases.py oldest --with
+transformers=5.24.0``.
 """
 
 from __future__ import annotations
@@ -30,25 +32,44 @@ class Set(NamedTuple):
     threads: int = 1
     instructions: str = ""  # ATEN_CPU_CAPABILITY: default, avx2, avx512; empty: what PyTorch takes by itself
     shift: int = 0  # REFINE_TEST_SEED_SHIFT
+    files: tuple[str, ...] = ()  # a part of the suite; empty: all of it
 
 
 # triton 3.6's interpreter takes numbers out of arrays in a way that numpy 2.4 refuses
 OLDEST = {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0", "numpy": "2.3.5"}
-NEWEST = {"torch": "2.13.0", "triton": "3.9.0", "transformers": "5.24.0"}
 MIDDLE = {"torch": "2.14.1", "triton": "3.7.1", "transformers": "5.20.2"}
-SETS = {  # the first four cover all releases, threads and instruction sets; the others tell which one it was
+# constraints.txt: the newest torch whose CPU build is small; the newest of all is a set of its own
+NEWEST = {"torch": "2.13.0", "triton": "3.9.0", "transformers": "5.24.0"}
+MODELS = (  # what a release of transformers can change: models, caches, generation, checkpoints, clients
+    "tests/clients",
+    "tests/refine/test_adapters.py",
+    "tests/refine/test_eval_generation.py",
+    "tests/refine/test_hybrid_checkpoints.py",
+    "tests/refine/test_hybrid_models.py",
+    "tests/refine/test_hybrid_runs.py",
+    "tests/refine/test_hybrid_states.py",
+    "tests/refine/test_hybrid_step.py",
+    "tests/refine/test_lact_model.py",
+    "tests/refine/test_lm_eval.py",
+    "tests/refine/test_models.py",
+    "tests/refine/test_saving.py",
+    "tests/refine_kernels/test_integrations.py",
+    "tests/refine_kernels/test_linear_logprob_shims.py",
+)
+SETS = {
     "oldest": Set("3.11", OLDEST, threads=1, instructions="default", shift=1),
     "Python 3.13": Set("3.13", NEWEST, threads=2, instructions="avx2", shift=2),
     "middle": Set("3.11", MIDDLE, threads=4, instructions="avx512", shift=3),
     "triton 3.8": Set("3.11", NEWEST | {"triton": "3.8.0"}, threads=3, shift=4),
-    "newest": Set("3.11", NEWEST),
-    "transformers 5.17": Set("3.11", NEWEST | {"transformers": "5.17.0"}, shift=5),
-    "transformers 5.20": Set("3.11", NEWEST | {"transformers": "5.20.2"}, shift=6),
-    "triton 3.6": Set("3.11", NEWEST | {"triton": "3.6.0", "numpy": "2.3.5"}, shift=7),
-    "triton 3.7": Set("3.11", NEWEST | {"triton": "3.7.1"}, shift=8),
-    "torch 2.14": Set("3.11", NEWEST | {"torch": "2.14.1"}, shift=9),
+    "torch 2.15": Set("3.11", NEWEST | {"torch": "2.15.0"}, shift=9),
     "Python 3.12": Set("3.12", NEWEST, instructions="avx2", shift=10),
     "Python 3.14": Set("3.14", NEWEST, threads=2, shift=11),
+    "newest": Set("3.11", NEWEST),
+    "transformers 5.18": Set("3.11", NEWEST | {"transformers": "5.18.0"}, shift=5, files=MODELS),
+    "transformers 5.19": Set("3.11", NEWEST | {"transformers": "5.19.0"}, shift=6, files=MODELS),
+    "transformers 5.21": Set("3.11", NEWEST | {"transformers": "5.21.1"}, shift=7, files=MODELS),
+    "transformers 5.22": Set("3.11", NEWEST | {"transformers": "5.22.2"}, shift=8, files=MODELS),
+    "transformers 5.23": Set("3.11", NEWEST | {"transformers": "5.23.0"}, shift=12, files=MODELS),
 }
 INSTRUCTIONS = ("default", "avx2", "avx512")
 EXTRAS = "data,plots,dev"
@@ -60,30 +81,45 @@ def main() -> int:
     parser.add_argument("--workers", default="2", help="processes that run tests (default: 2)")
     parser.add_argument("--files", nargs="+", default=[], help="only these files or folders of tests")
     parser.add_argument("-k", default="", help="only tests that match, as for pytest")
+    parser.add_argument(
+        "--with",
+        nargs="+",
+        default=[],
+        dest="other",
+        metavar="PACKAGE=RELEASE",
+        help="instead of a set's release",
+    )
+    parser.add_argument("--keep", action="store_true", help="leave the environments for the next time")
     given = parser.parse_args()
+    if wrong := [one for one in given.other if not re.fullmatch(r"[\w.-]+=[\w.+-]+", one)]:
+        parser.error(f"--with must be PACKAGE=RELEASE, as transformers=5.24.0, got {', '.join(wrong)}")
     for name in given.sets:
         if name not in SETS:
             parser.error(f"there is no set {name!r}; sets are {', '.join(SETS)}")
     failed = False
     for name in given.sets or SETS:
         chosen = SETS[name]
+        chosen = chosen._replace(releases=chosen.releases | dict(one.split("=") for one in given.other))
         began = time.perf_counter()
-        selected = [*given.files, *(["-k", given.k] if given.k else [])]
-        instructions, verdict, fine = run(name, chosen, given.workers, selected)
+        selected = [*(given.files or chosen.files), *(["-k", given.k] if given.k else [])]
+        folder = ROOT / ".releases" / "-".join([*name.split(), *given.other]).replace("=", "-")
+        instructions, verdict, fine = run(folder, chosen, given.workers, selected)
+        if not given.keep:
+            shutil.rmtree(folder, ignore_errors=True)
         failed |= not fine
         minutes = (time.perf_counter() - began) / 60
         listed = ", ".join(f"{package} {release}" for package, release in chosen.releases.items())
         listed += f"; threads {chosen.threads}, {instructions}, seeds +{chosen.shift}"
+        verdict += " of a part of the suite" if selected else ""
         print(f"{name:<17} Python {chosen.python}, {listed:<96} {verdict} ({minutes:.0f} min)", flush=True)
     return int(failed)
 
 
-def run(name: str, chosen: Set, workers: str, selected: list[str]) -> tuple[str, str, bool]:
-    """Install one set and run the suite: the instruction set used, what to say of it, and whether that is fine."""
+def run(folder: Path, chosen: Set, workers: str, selected: list[str]) -> tuple[str, str, bool]:
+    """Install one set and run its tests: the instruction set used, what to say of it, and whether that is fine."""
     interpreter = shutil.which(f"python{chosen.python}")
     if interpreter is None or subprocess.run([interpreter, "-c", ""], capture_output=True).returncode:
         return "-", f"left out: python{chosen.python} is not installed", True
-    folder = ROOT / ".releases" / name.replace(" ", "-")
     log = folder.with_name(f"{folder.name}.log")
     folder.parent.mkdir(exist_ok=True)
     with log.open("w", encoding="utf-8") as output:
