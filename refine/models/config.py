@@ -7,6 +7,7 @@ import math
 import warnings
 from typing import ClassVar
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
 from refine.models.names import nearest
@@ -27,14 +28,15 @@ def check_sizes(model_type: str, **sizes) -> None:
             )
 
 
-def check_numbers(model_type: str, *, least: float | None = None, **numbers) -> None:
-    """Refuse, by name, what is not a finite number above 0, or of at least ``least``; None passes."""
+def check_numbers(model_type: str, *, least: float | None = None, most: float = math.inf, **numbers) -> None:
+    """Refuse, by name, what is no finite number above 0 (or of at least ``least``), up to ``most``; None passes."""
     for name, number in numbers.items():
         if number is None:
             continue
         real = isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
-        if not real or not (number > 0 if least is None else number >= least):
+        if not real or number > most or not (number > 0 if least is None else number >= least):
             allowed = "above 0" if least is None else f"of at least {least:g}"
+            allowed += "" if most == math.inf else f" and at most {most:g}"
             raise ValueError(f"{model_type} config: {name} must be a finite number {allowed}, got {number!r}")
 
 
@@ -111,13 +113,16 @@ class FastWeightConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.max_position_embeddings = max_position_embeddings
         self.use_cache = use_cache
-        super().__init__(
-            pad_token_id=pad_token_id,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+        try:
+            super().__init__(
+                pad_token_id=pad_token_id,
+                bos_token_id=bos_token_id,
+                eos_token_id=eos_token_id,
+                tie_word_embeddings=tie_word_embeddings,
+                **kwargs,
+            )
+        except StrictDataclassError as error:  # transformers' own check of types
+            raise ValueError(f"{self.model_type} config: {error}") from error
         for key in sorted(kwargs.keys() - self.settings() - self.only_implemented.keys() - _KERNEL_CHOICES):
             if kwargs[key] not in (None, False) and not key.startswith("_"):
                 near = nearest(key, self.settings())

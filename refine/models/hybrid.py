@@ -65,6 +65,11 @@ class HybridConfig:
             )
         check_sizes(self.model_type, **{name: getattr(self, name, None) for name in _SIZES})
         check_numbers(self.model_type, least=0, initializer_range=self.initializer_range)
+        positions = self.rope_parameters or {}
+        check_numbers(self.model_type, rope_theta=positions.get("rope_theta"))
+        check_numbers(
+            self.model_type, least=0, most=1, partial_rotary_factor=positions.get("partial_rotary_factor")
+        )
         experts, chosen = getattr(self, "num_experts", 0), getattr(self, "num_experts_per_tok", 0)
         if 0 < experts < chosen:
             raise ValueError(

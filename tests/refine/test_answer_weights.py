@@ -184,7 +184,8 @@ def test_documents_without_answers_count_one_and_held_out_text_is_not_weighed(to
 )
 def test_the_loss_is_the_weighted_mean_over_the_update(more, tokenizer):
     model = tiny_model("delta_net", dtype=torch.float64, vocab_size=len(tokenizer))
-    settings = config("default+needles", max_length=128, answer_weight=3.0, context_weight=0.5)
+    # as long as two chunks of rollouts ask for
+    settings = config("default+needles", max_length=128, min_length=48, answer_weight=3.0, context_weight=0.5)
     mini_batch = list(itertools.islice(training_stream(settings, tokenizer).batches(3), 2))
     chosen = TrainSettings(
         **{"phase": "sft", "lambda_rl": 0.0} | more, dataset_name_or_path="default+needles", answer_weight=3.0,

@@ -90,11 +90,15 @@ GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 
 
 @GATED
-@pytest.mark.parametrize(("kd", "vd", "tokens"), [(60, 100, 140), (128, 128, 70), (144, 24, 40)])
+@pytest.mark.parametrize(("kd", "vd", "tokens"), [(60, 100, 140), (128, 128, 70), (144, 24, 70)])
 def test_delta_rule(kd, vd, tokens, gated, monkeypatch):
-    """Every tile: chunks of 64 tokens up to head sizes of 128, and of 32 beyond."""
+    """Every tile: chunks of 64 tokens up to head sizes of 128, and of 32 beyond.
+
+    With decay, the gradients of beta and g (one number a token) come from the few tokens before a state that is
+    asked for: four heads, so that the plain computation's luck evens out.
+    """
     monkeypatch.setattr(triton_chunk, "GROUP_TOKENS", 128)
-    check(measure_delta_rule(shared.make_inputs(1, tokens, 1, kd, vd, gated=gated)))
+    check(measure_delta_rule(shared.make_inputs(1, tokens, 4 if gated else 1, kd, vd, gated=gated)))
 
 
 @pytest.mark.slow
