@@ -20,7 +20,13 @@ from refine.models.blocks import RMSNorm, ZeroCentredRMSNorm
 from refine.models.layout import PLAIN, BatchLayout
 from refine.models.prefix_attention import prefix_attention
 
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")  # those whose frequencies do not depend on the length
+_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
+ROPE_TYPES = {  # whose frequencies do not depend on the length; what rope_parameters has to give
+    "default": ("rope_theta",),
+    "linear": ("rope_theta", "factor"),
+    "yarn": ("rope_theta", "original_max_position_embeddings"),
+    "llama3": ("rope_theta", "original_max_position_embeddings", *_FACTORS),
+}
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,12 @@ class Rotary:
     config: object  # names theta, and the scaling of the frequencies where there is one
 
     def __post_init__(self):
-        kind = self.config.rope_parameters.get("rope_type", "default")
+        given = self.config.rope_parameters or {}
+        kind = given.get("rope_type", "default")
         if kind not in ROPE_TYPES:
             raise ValueError(f"rope_type {kind!r} is not implemented, only {', '.join(ROPE_TYPES)} are")
+        if missing := [name for name in ROPE_TYPES[kind] if given.get(name) is None]:
+            raise ValueError(f"rope_type {kind!r} needs {', '.join(missing)} in rope_parameters, got {given}")
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [N, T]
         """Cosines and sines, [N, 1, T, size / 2] float32 each."""
@@ -165,7 +174,7 @@ class QwenAttention(FullAttention):
     """Zero-centred norms over each head, rotary positions on a part of it, an output gate."""
 
     def __init__(self, config):
-        size = int(head_dim(config) * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        size = int(head_dim(config) * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
         if size % 2:
             raise ValueError(
                 f"head_dim * partial_rotary_factor must be even, as positions are rotated in pairs, got {size} "

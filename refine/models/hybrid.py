@@ -42,6 +42,10 @@ _SIZES = (  # settings that must be whole numbers of at least 1, where a family 
     "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "moe_intermediate_size",
     "shared_expert_intermediate_size", "num_experts_per_tok", "decoder_sparse_step",
 )  # fmt: skip
+_ROTARY_NUMBERS = (  # of rope_parameters, above 0 where they are given
+    "rope_theta", "factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor",
+    "original_max_position_embeddings",
+)  # fmt: skip
 
 # ---- configurations: transformers' own, with what this project asks of one
 
@@ -66,7 +70,7 @@ class HybridConfig:
         check_sizes(self.model_type, **{name: getattr(self, name, None) for name in _SIZES})
         check_numbers(self.model_type, least=0, initializer_range=self.initializer_range)
         positions = self.rope_parameters or {}
-        check_numbers(self.model_type, rope_theta=positions.get("rope_theta"))
+        check_numbers(self.model_type, **{name: positions.get(name) for name in _ROTARY_NUMBERS})
         check_numbers(
             self.model_type, least=0, most=1, partial_rotary_factor=positions.get("partial_rotary_factor")
         )

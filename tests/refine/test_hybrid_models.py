@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 import torch
 
@@ -112,6 +115,38 @@ def test_scaled_rotary_positions_are_those_of_transformers(rope_type, monkeypatc
     ids = torch.randint(VOCABULARY, (1, 100))
     with on_this_processor(theirs, monkeypatch, exact=True), torch.no_grad():
         assert_close(ours(ids).logits, theirs(ids).logits, 1e-10)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rope_theta": math.nan}, "rope_theta must be a finite number above 0, got nan"),
+        (
+            {"partial_rotary_factor": 1.5},
+            "partial_rotary_factor must be a finite number of at least 0 and at most 1",
+        ),
+        ({"factor": "4"}, "factor must be a finite number above 0, got '4'"),
+        (
+            {"original_max_position_embeddings": -1},
+            "original_max_position_embeddings must be a finite number above 0",
+        ),
+        (
+            {"rope_type": "llama3", "factor": None},
+            "'llama3' needs factor, low_freq_factor, high_freq_factor in rope",
+        ),
+        ({"rope_theta": None}, "'yarn' needs rope_theta in rope_parameters"),
+        (
+            {"rope_type": "dynamic"},
+            "rope_type 'dynamic' is not implemented, only default, linear, yarn, llama3 are",
+        ),
+    ],
+    ids=str,
+)
+def test_rotary_positions_that_cannot_be_are_named(changed, message):
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        hybrid("qwen3_next", rope_parameters=rope | changed, max_position_embeddings=128)
 
 
 def test_olmo_hybrid_without_positions(monkeypatch):
