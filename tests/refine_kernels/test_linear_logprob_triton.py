@@ -245,6 +245,7 @@ def test_a_draw_depends_on_its_own_row_alone():
 def test_draws_follow_the_softmax():
     draws, V = 6_000, 20
     x, weight, _, _ = make_head(1, 16, V, std=1.0, requires_grad=False)
+    x = x / 2  # no token so rare that its count is not near a normal distribution
     token = linear_logprob(x.expand(draws, 16), weight, sample=True, seed=7, temperature=0.8, **TRITON).token
     p = ((x @ weight.t()).double()[0] / 0.8).softmax(0)
     assert (p * draws > 5).all()
