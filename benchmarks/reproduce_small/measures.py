@@ -79,8 +79,16 @@ def _documents(tokenizer, first_seed: int = 0, separate: bool = False) -> torch.
 
     config = DataConfig(dataset_name_or_path="default", max_length=2 * LENGTH, min_length=2 * LENGTH)
     first = DOCUMENTS * (2 * (first_seed % DOCUMENT_SETS) + separate)
-    batches = islice(held_out_stream(config, tokenizer).batches(1), first, first + DOCUMENTS)
-    return torch.cat([batch.input_ids for batch in batches])
+    found = [
+        batch.input_ids for batch in islice(held_out_stream(config, tokenizer).batches(1), first + DOCUMENTS)
+    ]
+    if len(found) < first + DOCUMENTS:
+        raise ValueError(
+            f"seeds from {first_seed} on are measured on {DOCUMENTS} held-out documents after the first {first}, "
+            f"but the text of this Python has {len(found)} of {2 * LENGTH} tokens: take a Python with its "
+            "own tests"
+        )
+    return torch.cat(found[first:])
 
 
 def _greedy(model, ids, targets=None):

@@ -86,12 +86,17 @@ def test_the_loss_on_the_answers_is_that_of_both_sides(tmp_path):
     assert not {job.folder(tmp_path) for job in jobs} & {job.folder(tmp_path) for job in plain}
 
 
-def test_documents_of_the_first_and_of_a_second_run_are_apart():
+@pytest.fixture
+def tokenizer():
     from transformers import AutoTokenizer
 
     from refine.prepare import packaged_model
 
-    tokenizer = AutoTokenizer.from_pretrained(packaged_model())
+    return AutoTokenizer.from_pretrained(packaged_model())
+
+
+def test_documents_of_the_first_and_of_a_second_run_are_apart(tokenizer, monkeypatch):
+    monkeypatch.setattr(measures, "DOCUMENTS", 8)  # a distribution's Python has less text of its own
     sets = [
         {tuple(row) for row in measures._documents(tokenizer, first_seed, separate).tolist()}
         for first_seed in (0, 5)
@@ -99,6 +104,14 @@ def test_documents_of_the_first_and_of_a_second_run_are_apart():
     ]
     assert [len(one) for one in sets] == [measures.DOCUMENTS] * 4
     assert len(set.union(*sets)) == 4 * measures.DOCUMENTS
+
+
+def test_too_few_documents_are_said(tokenizer, monkeypatch):
+    monkeypatch.setattr(measures, "DOCUMENTS", 10**4)
+    with pytest.raises(
+        ValueError, match=r"are measured on 10000 held-out documents .* of this Python has \d+ of"
+    ):
+        measures._documents(tokenizer)
 
 
 def test_arms_that_were_never_run_come_before_the_control():

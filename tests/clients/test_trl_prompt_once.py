@@ -41,7 +41,7 @@ def make_trainer(kind, folder, family: str = "delta_net", **settings):
         "temperature": 0.9, "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none",
         "save_strategy": "no", "disable_tqdm": True,
     } | settings  # fmt: skip
-    tiny_model(family, torch.float32, initializer_range=0.15).save_pretrained(
+    tiny_model(family, torch.float32, initializer_range=0.1).save_pretrained(
         folder
     )  # TRL reads the reference
     trainer = kind(
