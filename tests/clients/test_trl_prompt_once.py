@@ -108,7 +108,7 @@ def test_loss_gradient_and_metrics_equal_trl(family, loss_type, tmp_path):
         gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
         found.append((loss.item(), gradients, {k: v[-1] for k, v in trainer._metrics["train"].items()}))
     (expected, right, metrics), (loss, gradients, ours) = found
-    assert abs(loss - expected) < 1e-5 * abs(expected)
+    assert abs(loss - expected) < 1e-6 * batch["advantages"].abs().mean()  # of a sum that may nearly cancel
     assert_gradients_close(gradients, right, 1e-5)
     assert metrics.keys() == ours.keys()
     assert all(
