@@ -38,7 +38,7 @@ test-all: lint
 test-faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -q -s --benchmark-disable
 
-# The suite in throw-away environments: releases, threads, instruction sets and seeds; two to three hours on two cores.
+# The suite in throw-away environments: releases, threads, instruction sets and seeds; two hours on two cores.
 test-releases:
 	$(PYTHON) tests/releases.py
 

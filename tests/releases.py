@@ -64,7 +64,7 @@ SETS = {
     "torch 2.15": Set("3.11", NEWEST | {"torch": "2.15.0"}, shift=9),
     "Python 3.12": Set("3.12", NEWEST, instructions="avx2", shift=10),
     "Python 3.14": Set("3.14", NEWEST, threads=2, shift=11),
-    "triton 3.8": Set("3.11", NEWEST | {"triton": "3.8.0"}, threads=1, shift=4, files=KERNELS),
+    "triton 3.8": Set("3.11", NEWEST | {"triton": "3.8.0"}, shift=4, files=KERNELS),
     "transformers 5.18": Set("3.11", NEWEST | {"transformers": "5.18.0"}, shift=5, files=MODELS),
     "transformers 5.19": Set("3.11", NEWEST | {"transformers": "5.19.0"}, shift=6, files=MODELS),
     "transformers 5.21": Set("3.11", NEWEST | {"transformers": "5.21.1"}, shift=7, files=MODELS),

@@ -16,9 +16,6 @@ ROWS = (8, 64, 16384)  # decoding, a small batch of it, training
 SPILLS = (
     64  # a few registers beside an accumulator's way out of tensor memory, once a tile of 128 x 256 logits
 )
-BLACKWELL_SPILLS = (
-    144  # there so many: 37 KB of a program that reads 1.6 MB of operands for its tile (D = 2048)
-)
 # what is asked of the forward: a target, log-prob, entropy, a token, noise
 ASKED = {
     "logprob": (True, True, False, False, False),
@@ -46,11 +43,7 @@ def calls() -> Iterator[Call]:
 
 
 def _demands(dtype: torch.dtype, kernel: str) -> dict:
-    return {
-        "tensor_core": kernel == "forward" and dtype != torch.float32,
-        "spill_budget": SPILLS,
-        "chip_budgets": {"sm_100": BLACKWELL_SPILLS if kernel == "forward" else SPILLS},
-    }
+    return {"tensor_core": kernel == "forward" and dtype != torch.float32, "spill_budget": SPILLS}
 
 
 def _head(D: int, V: int, dtype: torch.dtype, capped: bool) -> Head:
