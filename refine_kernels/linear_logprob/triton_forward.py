@@ -55,11 +55,12 @@ class Tile(NamedTuple):
         return {"BR": self.rows, "BV": self.columns, "BD": self.depth, "HALVES": halves}
 
 
-def choose_tile(N: int, dtype: torch.dtype, noise: bool, chip: Chip) -> Tile:
-    """The tile for N rows of ``dtype``; ``noise``: a token is drawn.
+def choose_tile(N: int, D: int, dtype: torch.dtype, noise: bool, chip: Chip) -> Tile:
+    """The tile for N rows of ``D`` numbers of ``dtype``; ``noise``: a token is drawn.
 
     Few rows are bound by reading W: a tile no taller than the rows, and many bytes of W on their way. Philox needs
-    registers of its own beside the logits: smaller tiles.
+    registers of its own beside the logits: smaller tiles. Where logits come from tensor memory, so do the masks of
+    a last step over D that is not whole.
     """
     if dtype == torch.float32:  # no tensor cores at full precision
         return Tile(16, 32, 32, 4, 2) if N <= 16 else Tile(64, 64, 32, 8, 2)
@@ -70,7 +71,9 @@ def choose_tile(N: int, dtype: torch.dtype, noise: bool, chip: Chip) -> Tile:
         return Tile(64, 64, 64, 8, 2 if amd else 3)
     if N <= 64:
         return Tile(64, 128, 64, 4, 4)
-    return Tile(128, 256, 64, 8, 3) if large else Tile(128, 128, 64, 8, 2 if amd else 3)
+    if large and not (chip.has_tensor_memory and D % 64):
+        return Tile(128, 256, 64, 8, 3)
+    return Tile(128, 128, 64, 8, 2 if amd else 3)
 
 
 @lru_cache(4096)
@@ -161,7 +164,7 @@ def _parts(
     """What `forward_kernel` keeps of every row: ``log_s`` and ``e`` are sums yet."""
     (N, D), V = x.shape, head.weight.shape[0]
     chip = chip_of(x.device) or INTERPRETED
-    tile = choose_tile(N, x.dtype, seed is not None, chip)
+    tile = choose_tile(N, D, x.dtype, seed is not None, chip)
     row_tiles, vocab_tiles = ceil_div(N, tile.rows), ceil_div(V, tile.columns)
     splits = choose_splits(row_tiles, vocab_tiles, chip.multiprocessors)
     parts = _fields((splits, N), x.device, need_logprob, need_entropy, sample)
@@ -258,18 +261,19 @@ def _absorb(
     if TARGET:
         b_qy += tl.sum(tl.where(o_v[None, :] == b_y[:, None], b_q, 0.0), 1)
     if SAMPLE:
-        b_score = b_q
+        # neither a column beyond V nor nan is ever drawn: a row of nan keeps token 0 and a best of -inf
+        b_score, b_new = b_q, b_top
         if NOISE:
             b_zero = tl.zeros(b_q.shape, tl.int32)
             b_score += gumbel(b_seed[:, None] + b_zero.to(tl.int64), (o_v + first_column)[None, :] + b_zero)
-        # neither a column beyond V nor nan is ever drawn: a row of nan keeps token 0 and a best of -inf
-        b_score = tl.where(b_score > -1e30, b_score, float("-inf"))
-        b_new, i_new = tl.max(b_score, 1, return_indices=True)
-        better = b_new > b_best
-        i_first = tl.min(o_v, 0)
-        b_token = tl.where(better, (i_first + first_column + i_new).to(tl.int64), b_token)
+            b_score = tl.where(b_score > -1e30, b_score, float("-inf"))
+            b_new = tl.max(b_score, 1)
+        # the first column that has the maximum: one reduction of columns; an argmax carries scores beside them
+        i_new = tl.min(tl.where(b_score == b_new[:, None], o_v[None, :], 2147483647), 1)
+        better = (b_new > b_best) & (b_new > -1e30)
+        b_token = tl.where(better, i_new.to(tl.int64) + first_column, b_token)
         if DRAWN:
-            b_hit = tl.sum(tl.where(o_v[None, :] == (i_first + i_new)[:, None], b_q, 0.0), 1)
+            b_hit = tl.sum(tl.where(o_v[None, :] == i_new[:, None], b_q, 0.0), 1)
             b_qy = tl.where(better, b_hit, b_qy)
         b_best = tl.where(better, b_new, b_best)
     return b_mn, b_s, b_t, b_qy, b_best, b_token

@@ -261,16 +261,17 @@ def test_noise_is_philoxs(monkeypatch):
     assert token.unique().numel() == 6
 
 
-@pytest.mark.parametrize("splits", [1, 2, 12])
-def test_greedy_takes_the_lowest_index_on_ties(monkeypatch, splits):
-    use_tile(monkeypatch, TILES[0], splits)
+@pytest.mark.parametrize(("tile", "splits"), [(TILES[0], 1), (TILES[0], 2), (TILES[0], 12), (TILES[3], 1)])
+def test_greedy_takes_the_lowest_index_on_ties(monkeypatch, tile, splits):
+    use_tile(monkeypatch, tile, splits)
     x = torch.randint(-3, 4, (20, 4)).float()
     weight = torch.randint(-2, 3, (64, 4)).float().repeat(3, 1)  # every logit at least three times
+    bias = torch.full((192,), -100.0)  # every logit is below what a tile holds beyond V = 192
     logits = x @ weight.t()
     lowest = (logits == logits.amax(1, keepdim=True)).int().argmax(1)
-    out = linear_logprob(x, weight, sample=True, temperature=0, return_entropy=True, **TRITON)
+    out = linear_logprob(x, weight, bias=bias, sample=True, temperature=0, return_entropy=True, **TRITON)
     assert torch.equal(out.token, lowest)
-    at_one = linear_logprob(x, weight, lowest, return_entropy=True, **TRITON)
+    at_one = linear_logprob(x, weight, lowest, bias=bias, return_entropy=True, **TRITON)
     assert_close(out.logprob, at_one.logprob, 1e-6)
     assert torch.equal(out.entropy, at_one.entropy)
 
