@@ -13,9 +13,7 @@ from refine_kernels.linear_logprob.chunked import Head
 
 HEADS = ((2048, 32000), (4096, 131072), (60, 997))  # D, V; no vector load divides the last
 ROWS = (8, 64, 16384)  # decoding, a small batch of it, training
-SPILLS = (
-    64  # a few registers beside an accumulator's way out of tensor memory, once a tile of 128 x 256 logits
-)
+SPILLS = 64  # bytes, once a tile of logits: a few registers of masks (D = 60), of draws, of float32
 # what is asked of the forward: a target, log-prob, entropy, a token, noise
 ASKED = {
     "logprob": (True, True, False, False, False),
