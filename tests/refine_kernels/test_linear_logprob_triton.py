@@ -266,7 +266,7 @@ def test_greedy_takes_the_lowest_index_on_ties(monkeypatch, tile, splits):
     use_tile(monkeypatch, tile, splits)
     x = torch.randint(-3, 4, (20, 4)).float()
     weight = torch.randint(-2, 3, (64, 4)).float().repeat(3, 1)  # every logit at least three times
-    bias = torch.full((192,), -100.0)  # every logit is below what a tile holds beyond V = 192
+    bias = torch.full((192,), -100.0)  # nothing in a tile beyond V = 192 may win, were it 0
     logits = x @ weight.t()
     lowest = (logits == logits.amax(1, keepdim=True)).int().argmax(1)
     out = linear_logprob(x, weight, bias=bias, sample=True, temperature=0, return_entropy=True, **TRITON)
