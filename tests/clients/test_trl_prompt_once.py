@@ -41,9 +41,8 @@ def make_trainer(kind, folder, family: str = "delta_net", **settings):
         "temperature": 0.9, "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none",
         "save_strategy": "no", "disable_tqdm": True,
     } | settings  # fmt: skip
-    tiny_model(family, torch.float32, initializer_range=0.1).save_pretrained(
-        folder
-    )  # TRL reads the reference
+    # TRL reads the reference
+    tiny_model(family, torch.float32, initializer_range=0.1).save_pretrained(folder)
     trainer = kind(
         model=load_model(folder),
         reward_funcs=count_t5,

@@ -32,9 +32,8 @@ def test_both_ways_give_the_same_gradient(family, num_rollouts, dtype, tolerance
     positions = torch.tensor([[20, 64, 65, 128, 185], [20, 63, 100, 127, 140]])
     rollouts = torch.randint(VOCABULARY, (2, 5, num_rollouts, 4))
     rollouts[0, 1, 0] = ids[0, 64:68]
-    if (
-        num_rollouts > 1
-    ):  # one of each group is the text: rewards that nearly tie have advantages of rounding alone
+    if num_rollouts > 1:
+        # one of each group is the text: rewards that nearly tie have advantages of rounding alone
         at = positions[:, :, None] + torch.arange(4)
         rollouts[:, :, 0] = ids[torch.arange(2)[:, None, None], at]
     config = RefineConfig(
